@@ -1,0 +1,18 @@
+"""Configuration of the measurements."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from medsae.settings import Section
+
+
+class MeasureConfig(Section):
+    """What is measured on which images."""
+
+    split: Literal["eval", "train", "all"] = "eval"
+    """Images to measure on; `eval` are patients that the SAE was not trained on."""
+    alive_correlation: float = Field(0.2, ge=0, lt=1)
+    """A neuron takes part in the entropy figures when its highest |r| exceeds this (the paper's rule)."""
+    exemplars: int = Field(16, gt=0)
+    """Most activating images kept a neuron."""

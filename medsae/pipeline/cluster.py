@@ -1,0 +1,39 @@
+"""Connects to Ray, or starts a cluster of this process's own."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from medsae.config import RayConfig
+
+
+@contextmanager
+def ray_session(config: RayConfig) -> Iterator[None]:
+    """Ray for the length of a stage. A connection that is already there is used and left alone."""
+    if ray.is_initialized():
+        yield
+        return
+    inside_job = "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
+    if config.address or inside_job:
+        ray.init(address=config.address or "auto", log_to_driver=True, logging_level=logging.WARNING)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        # Logical CPUs only schedule: an actor pool must never hold all of them, or readers starve.
+        cpus = config.num_cpus or max(4, os.cpu_count() or 1)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cluster_gpus(config: RayConfig) -> int:
+    """GPUs to use: those of the cluster, none where the configuration says so."""
+    if config.use_gpu is False:
+        return 0
+    return int(ray.cluster_resources().get("GPU", 0))
