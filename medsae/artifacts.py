@@ -111,6 +111,9 @@ def fingerprint(value: Any) -> str:
     return sha256(json.dumps(value, sort_keys=True, default=str).encode())[:16]
 
 
+Strings = list[str]  # inside RunDir, `list` is a method
+
+
 class RunDir:
     """One run's directory or bucket prefix. All paths are relative to it, with forward slashes."""
 
@@ -138,7 +141,7 @@ class RunDir:
         names = [i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.File]
         return sorted(posixpath.join(relative, n) for n in names if n.endswith(suffix) and not n.startswith("."))
 
-    def folders(self, relative: str) -> list[str]:
+    def folders(self, relative: str) -> Strings:
         """Names of the folders directly under a folder, sorted."""
         selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
         return sorted(i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory)
@@ -183,7 +186,7 @@ class RunDir:
     def write_json(self, relative: str, value: Any) -> str:
         return self.write_bytes(relative, (json.dumps(value, indent=2, allow_nan=False, default=str) + "\n").encode())
 
-    def read_table(self, relative: str, columns: list[str] | None = None) -> pa.Table:
+    def read_table(self, relative: str, columns: Strings | None = None) -> pa.Table:
         """One Parquet file as a table."""
         if not self.exists(relative):
             raise ArtifactError(f"{self.path(relative)} does not exist; run the stage that writes it first")

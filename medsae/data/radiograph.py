@@ -1,0 +1,92 @@
+"""Image files to checked 8-bit greyscale images."""
+
+from __future__ import annotations
+
+import io
+import warnings
+
+import numpy as np
+import pyarrow.fs as pafs
+from PIL import Image, UnidentifiedImageError
+
+from medsae.errors import DataError
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF", "JPEG2000", "PPM")
+"""Formats that are tried: plain raster formats only, none that runs an interpreter (EPS, PDF)."""
+
+MAX_PIXELS = 100_000_000
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """An image file's bytes as an 8-bit greyscale image (PIL mode `L`).
+
+    Colour becomes luma (ITU-R 601, as PIL does), transparency is laid over black, and integers of more than 8 bits are scaled linearly
+    from the smallest of 10, 12, 14 and 16 bits that holds the image's maximum.
+
+    Raises:
+        DataError: the reason, in words that hold nothing of the file's content: empty, DICOM, not an image, too many pixels, truncated or damaged,
+            several frames, a pixel type without a defined scale.
+    """
+    if not data:
+        raise DataError("empty file")
+    if data[128:132] == b"DICM":
+        raise DataError("DICOM file: export it as PNG or JPEG with its display window first")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError as error:
+            raise DataError("not an image in a supported format (JPEG, PNG, TIFF, BMP, WebP, GIF, JPEG 2000, PNM)") from error
+        except Image.DecompressionBombError as error:
+            raise DataError(f"too many pixels: the limit is {max_pixels}") from error
+        except (OSError, ValueError, SyntaxError, EOFError, OverflowError) as error:
+            raise DataError("truncated or damaged image") from error
+        width, height = image.size
+        if width * height > max_pixels:
+            raise DataError(f"too many pixels: {width} x {height}, the limit is {max_pixels}")
+        if getattr(image, "n_frames", 1) > 1:
+            raise DataError(f"{image.n_frames} frames in one file: split it first")  # type: ignore[attr-defined]
+        try:
+            image.load()
+        except (OSError, ValueError, SyntaxError, EOFError, IndexError, OverflowError, MemoryError, Image.DecompressionBombError) as error:
+            raise DataError("truncated or damaged image") from error
+        return _grey(image)
+
+
+def _grey(image: Image.Image) -> Image.Image:
+    if image.mode == "L":
+        return image
+    if image.mode.startswith("I"):
+        return _scale_integers(np.asarray(image))
+    if image.mode == "F":
+        raise DataError("floating-point pixels have no defined scale: export as 8-bit or 16-bit")
+    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image).convert("RGB")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    return image.convert("L")
+
+
+def _scale_integers(values: np.ndarray) -> Image.Image:
+    top = int(values.max())
+    if int(values.min()) < 0 or top > 65535:
+        raise DataError("integer pixels outside 0 ... 65535 have no defined scale: export as 8-bit or 16-bit")
+    bits = next(b for b in (8, 10, 12, 14, 16) if top < 1 << b)
+    return Image.fromarray(np.rint(values.astype(np.float64) * (255.0 / ((1 << bits) - 1))).astype(np.uint8))
+
+
+def load(fs: pafs.FileSystem, path: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads and decodes one file of a pyarrow filesystem; see `decode`.
+
+    Raises:
+        DataError: as `decode`, and for a file that is missing or cannot be read.
+    """
+    try:
+        with fs.open_input_stream(path) as stream:
+            data = bytes(stream.read())
+    except FileNotFoundError as error:
+        raise DataError("file is missing") from error
+    except (IsADirectoryError, PermissionError) as error:
+        raise DataError("file cannot be read: no permission, or a folder") from error
+    return decode(data, max_pixels)

@@ -1,0 +1,296 @@
+"""extract: manifest -> decode on CPU tasks -> encode on an actor pool -> Parquet parts.
+
+The manifest is cut into parts, in its own order. A part is one Ray Data block from end to end and becomes one file, published by a rename:
+whatever is retried, killed or restarted, an image_id is written once. A part that is there already, from the same images and the same encoder settings, is not made again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+
+from medsae.artifacts import EMBEDDING_SCHEMA, REJECT_SCHEMA, RunDir, embedding_parts, fingerprint, resolve
+from medsae.config import RunConfig
+from medsae.data.config import DataConfig
+from medsae.data.manifest import Manifest, read_manifest
+from medsae.encoders.config import EncoderConfig
+from medsae.errors import ArtifactError, DataError, MedSAEError
+from medsae.pipeline.cluster import cluster_gpus, ray_session
+from medsae.pipeline.stage import StageResult, hash_outputs
+from medsae.progress import progress
+
+PLAN_KEY, ENCODER_KEY = b"medsae.plan", b"medsae.encoder"
+
+
+@dataclass(frozen=True)
+class Part:
+    """A run of manifest rows that becomes one file."""
+
+    index: int
+    table: pa.Table
+    plan: str
+
+    @property
+    def file(self) -> str:
+        return f"embeddings/part-{self.index:05d}.parquet"
+
+    @property
+    def rejects_file(self) -> str:
+        return f"embeddings/.rejects/part-{self.index:05d}.parquet"
+
+
+def run(config: RunConfig, run: RunDir) -> StageResult:
+    """Embeds every image of the manifest.
+
+    Raises:
+        MedSAEError: the manifest cannot be read, the encoder cannot be loaded, or no image could be decoded.
+    """
+    manifest = read_manifest(config.data)
+    parts = plan_parts(manifest, config.data, config.encoder)
+    todo = _clean_and_find_missing(run, parts)
+    images = sum(p.table.num_rows for p in parts)
+    fresh = sum(p.table.num_rows for p in todo)
+    seconds = 0.0
+    if todo:
+        with ray_session(config.ray):
+            gpus = cluster_gpus(config.ray)
+            seconds = _extract(config, run, todo, images, gpus)
+    return _finish(run, manifest, parts, {"images": images, "encoded": fresh, "resumed": images - fresh, "encode_seconds": round(seconds, 2)})
+
+
+def plan_parts(manifest: Manifest, data: DataConfig, encoder: EncoderConfig) -> list[Part]:
+    """Cuts the manifest into parts; `plan` names all that decides a part's content."""
+    n = manifest.table.num_rows
+    rows = encoder.rows_per_part or max(32, min(2048, math.ceil(n / 16)))
+    settings = {
+        "encoder": encoder.model_dump(mode="json", exclude={"batch_size", "actors", "rows_per_part"}),
+        "root": data.root,
+        "max_pixels": data.max_pixels,
+        "labels": manifest.label_names,
+    }
+    parts = []
+    for index, start in enumerate(range(0, n, rows)):
+        table = manifest.table.slice(start, rows).combine_chunks()
+        sink = pa.BufferOutputStream()
+        with pa.ipc.new_stream(sink, table.schema) as writer:
+            writer.write_table(table)
+        content = hashlib.sha256(sink.getvalue()).hexdigest()
+        parts.append(Part(index, table, fingerprint({**settings, "rows": content})))
+    return parts
+
+
+def _clean_and_find_missing(run: RunDir, parts: list[Part]) -> list[Part]:
+    """Removes files of another plan and returns the parts that have none."""
+    wanted = {p.file: p for p in parts}
+    for file in run.list("embeddings", ".parquet"):
+        part = wanted.get(file)
+        if part is not None and (_footer(run, file).get(PLAN_KEY) or b"").decode() == part.plan:
+            del wanted[file]
+        else:
+            run.delete(file)
+    return [p for p in parts if p.file in wanted]
+
+
+def _footer(run: RunDir, file: str) -> dict[bytes, bytes]:
+    with run.fs.open_input_file(run.path(file)) as source:
+        return dict(pq.read_schema(source).metadata or {})
+
+
+class DecodePart:
+    """Manifest rows to rows with 8-bit pixels of the encoder's input size, or a reason. Holds no weights."""
+
+    def __init__(self, data: DataConfig, encoder_name: str) -> None:
+        self.data, self.encoder_name = data, encoder_name
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        from medsae.data import radiograph
+        from medsae.encoders import load_preprocess
+
+        fs, base = resolve(self.data.root)
+        preprocess = load_preprocess(self.encoder_name)
+        pixels: list[bytes] = []
+        hashes: list[str] = []
+        reasons: list[str] = []
+        height = width = 0
+        for path in table["path"].to_pylist():
+            try:
+                array = preprocess(radiograph.load(fs, f"{base}/{path}", self.data.max_pixels))
+                height, width = array.shape
+                data = array.tobytes()
+                pixels.append(data)
+                hashes.append(hashlib.sha256(data).hexdigest()[:16])
+                reasons.append("")
+            except DataError as error:
+                pixels.append(b"")
+                hashes.append("")
+                reasons.append(str(error))
+        n = table.num_rows
+        table = table.append_column("pixels", pa.array(pixels, pa.large_binary()))
+        table = table.append_column("pixel_hash", pa.array(hashes, pa.string()))
+        table = table.append_column("reason", pa.array(reasons, pa.string()))
+        return table.append_column("shape", pa.array([f"{height}x{width}"] * n, pa.string()))
+
+
+class EncodePart:
+    """Decoded rows to rows with embeddings; one actor holds one encoder."""
+
+    def __init__(self, config: EncoderConfig, device: str, threads: int | None) -> None:
+        from medsae.encoders import load_encoder
+
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        self.encoder = load_encoder(config.name, config.weights, device=device, seed=config.seed, dtype=config.dtype, sha256=config.sha256)
+        self.info = json.dumps(asdict(self.encoder.info), sort_keys=True)
+        self.batch_size = config.batch_size or _default_batch_size(self.encoder, device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        ok = pc.equal(table["reason"], "")
+        good = table.filter(ok)
+        embeddings = self._encode(good)
+        empty = pa.nulls(table.num_rows, pa.list_(pa.float32()))
+        column = pc.replace_with_mask(empty, ok.combine_chunks(), embeddings) if good.num_rows else empty
+        return (
+            table.drop_columns(["pixels", "shape"]).append_column("embedding", column).append_column("info", pa.array([self.info] * table.num_rows))
+        )
+
+    def _encode(self, good: pa.Table) -> pa.Array:
+        if good.num_rows == 0:
+            return pa.array([], pa.list_(pa.float32()))
+        height, width = (int(v) for v in good["shape"][0].as_py().split("x"))
+        buffer = b"".join(good["pixels"].to_pylist())
+        pixels = np.frombuffer(buffer, np.uint8).reshape(good.num_rows, height, width)
+        chunks = [self.encoder.encode(pixels[i : i + self.batch_size]) for i in range(0, len(pixels), self.batch_size)]
+        matrix = np.concatenate(chunks).astype(np.float32, copy=False)
+        if matrix.shape != (good.num_rows, self.encoder.dim) or not np.isfinite(matrix).all():
+            raise DataError(f"encoder {self.encoder.name} returned {matrix.shape} or values that are not finite for {good.num_rows} images")
+        offsets = pa.array(np.arange(0, matrix.size + 1, matrix.shape[1]), pa.int32())
+        return pa.ListArray.from_arrays(offsets, pa.array(matrix.reshape(-1)))
+
+
+def _default_batch_size(encoder: Any, device: str) -> int:
+    if not device.startswith("cuda"):
+        return 32
+    from medsae.encoders import find_batch_size
+
+    return int(find_batch_size(encoder))
+
+
+class WritePart:
+    """Publishes one part: the rejects first, then the embeddings, so that a part that is there is whole."""
+
+    def __init__(self, run: RunDir, parts: dict[str, tuple[str, str, str, int]]) -> None:
+        self.run, self.parts = run, parts
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        file, rejects_file, plan, rows = self.parts[table["image_id"][0].as_py()]
+        if table.num_rows != rows:
+            raise ArtifactError(f"{file}: a block of {table.num_rows} rows arrived where {rows} were sent; lower encoder.rows_per_part")
+        ok = pc.equal(table["reason"], "")
+        bad = table.filter(pc.invert(ok))
+        if bad.num_rows:
+            rejects = pa.table({"path": bad["path"], "stage": ["extract"] * bad.num_rows, "reason": bad["reason"]}, schema=REJECT_SCHEMA)
+            self.run.write_table(rejects_file, rejects)
+        good = table.filter(ok).select(EMBEDDING_SCHEMA.names).cast(EMBEDDING_SCHEMA)
+        info = table["info"][0].as_py()
+        self.run.write_table(file, good.replace_schema_metadata({PLAN_KEY: plan.encode(), ENCODER_KEY: info.encode()}))
+        return pa.table({"images": [table.num_rows], "rejected": [bad.num_rows]})
+
+
+def _extract(config: RunConfig, run: RunDir, todo: list[Part], images: int, gpus: int) -> float:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    cores = os.cpu_count() or 1
+    actors = config.encoder.actors or (gpus if gpus else 1)
+    device = "cuda" if gpus else "cpu"
+    pool = ray.data.ActorPoolStrategy(size=actors, max_tasks_in_flight_per_actor=2)
+    # On CPUs the pool takes a fraction of each logical CPU, so that decoding is never starved; on GPUs, none.
+    resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.5}
+    threads = None if gpus else max(1, cores // actors)
+    known = {p.table["image_id"][0].as_py(): (p.file, p.rejects_file, p.plan, p.table.num_rows) for p in todo}
+    ds = (
+        ray.data.from_arrow([p.table for p in todo])
+        .map_batches(DecodePart(config.data, config.encoder.name).__call__, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        .map_batches(
+            EncodePart,
+            fn_constructor_kwargs={"config": config.encoder, "device": device, "threads": threads},
+            # one block, one part: Ray asks for a number with GPUs, and this one is above every part's
+            batch_size=1 << 20 if gpus else None,
+            batch_format="pyarrow",
+            compute=pool,
+            **resources,
+        )
+        .map_batches(WritePart(run, known).__call__, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+    )
+    fresh = sum(p.table.num_rows for p in todo)
+    import time
+
+    started = time.perf_counter()
+    with progress(images, "extract", "image", initial=images - fresh) as bar:
+        try:
+            for batch in ds.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                bar.update(sum(batch["images"].to_pylist()))
+        except ray.exceptions.RayError as error:
+            raise _user_error(error) or error from error
+    return time.perf_counter() - started
+
+
+def _user_error(error: BaseException | None) -> MedSAEError | None:
+    """The MedSAEError inside Ray's wrapping, if there is one."""
+    seen = 0
+    while error is not None and seen < 20:
+        if isinstance(error, MedSAEError):
+            return error
+        inner = getattr(error, "cause", None)
+        error, seen = (inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__), seen + 1
+    return None
+
+
+def _finish(run: RunDir, manifest: Manifest, parts: list[Part], counts: dict[str, Any]) -> StageResult:
+    infos = {(_footer(run, p.file).get(ENCODER_KEY) or b"").decode() for p in parts}
+    if len(infos) != 1:
+        raise ArtifactError(f"{run.path('embeddings')} was made with {len(infos)} different sets of encoder weights: run extract with --force")
+    pieces = [manifest.rejects] + [run.read_table(p.rejects_file) for p in parts if run.exists(p.rejects_file)]
+    rejects = pa.concat_tables(pieces)
+    run.write_table("rejects.parquet", rejects)
+    extracted = rejects.num_rows - manifest.rejects.num_rows
+    if extracted == counts["images"]:
+        reason, how_many = pc.value_counts(rejects["reason"])[0].as_py().values()
+        raise DataError(f"none of the {counts['images']} images could be read; {how_many} times: {reason}")
+    files = embedding_parts(run)
+    outputs = hash_outputs(run, [*files, "rejects.parquet"])
+    duplicates = _duplicates(run, files)
+    outputs["duplicates.parquet"] = run.write_table("duplicates.parquet", duplicates)
+    counts |= {"rejected": rejects.num_rows, "other_views": manifest.other_views, "duplicates": duplicates.num_rows, "parts": len(parts)}
+    encoder = json.loads(infos.pop())
+    return StageResult(counts=counts, outputs=outputs, manifest={"labels": manifest.label_names, "encoder": encoder})
+
+
+def _duplicates(run: RunDir, files: list[str]) -> pa.Table:
+    """Images whose pixels, as the encoder saw them, equal those of an earlier image."""
+    table = pa.concat_tables([run.read_table(f, columns=["image_id", "patient_id", "pixel_hash"]) for f in files])
+    hashes = table["pixel_hash"].to_numpy(zero_copy_only=False)
+    _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+    again = np.flatnonzero(first[inverse] != np.arange(len(hashes)))
+    ids, patients = (table[c].to_numpy(zero_copy_only=False) for c in ("image_id", "patient_id"))
+    originals = first[inverse][again]
+    return pa.table(
+        {
+            "image_id": pa.array(ids[again], pa.string()),
+            "same_as": pa.array(ids[originals], pa.string()),
+            "other_patient": pa.array(patients[again] != patients[originals], pa.bool_()),
+            "pixel_hash": pa.array(hashes[again], pa.string()),
+        }
+    )
