@@ -121,3 +121,21 @@ def run_stage(stage: str, config: RunConfig, force: bool = False) -> StageResult
 def hash_outputs(run: RunDir, paths: list[str]) -> dict[str, str]:
     """Relative paths to the SHA-256 of their content."""
     return {path: sha256(run.read_bytes(path)) for path in paths}
+
+
+def run_stages(stages: list[str], config: RunConfig, force: bool = False) -> None:
+    """Runs stages one after the other on one Ray connection, and says where the report is."""
+    from medsae.pipeline.cluster import ray_session
+
+    run = RunDir(config.run)
+    todo = [s for s in stages if force or not is_done(s, config, run)]
+    if not todo:
+        log.info("%s: every stage is up to date", config.run)
+    elif todo == ["report"]:
+        run_stage("report", config, force)
+    else:
+        with ray_session(config.ray):
+            for stage in stages:
+                run_stage(stage, config, force)
+    if "report" in stages:
+        log.info("report: %s", run.path("report/index.html"))
