@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 import warnings
 
 import numpy as np
@@ -82,11 +83,17 @@ def load(fs: pafs.FileSystem, path: str, max_pixels: int = MAX_PIXELS) -> Image.
     Raises:
         DataError: as `decode`, and for a file that is missing or cannot be read.
     """
-    try:
-        with fs.open_input_stream(path) as stream:
-            data = bytes(stream.read())
-    except FileNotFoundError as error:
-        raise DataError("file is missing") from error
-    except (IsADirectoryError, PermissionError) as error:
-        raise DataError("file cannot be read: no permission, or a folder") from error
+    for wait in (0.2, 1.0, None):
+        try:
+            with fs.open_input_stream(path) as stream:
+                data = bytes(stream.read())
+            break
+        except FileNotFoundError as error:
+            raise DataError("file is missing") from error
+        except OSError as error:
+            if isinstance(error, PermissionError | IsADirectoryError) or "is a directory" in str(error):
+                raise DataError("file cannot be read: no permission, or a folder") from error
+            if wait is None:  # object stores fail now and then
+                raise DataError("file cannot be read: input/output error, three times") from error
+            time.sleep(wait)
     return decode(data, max_pixels)
