@@ -1,7 +1,8 @@
 """extract: manifest -> decode on CPU tasks -> encode on an actor pool -> Parquet parts.
 
-The manifest is cut into parts, in its own order. A part is one Ray Data block from end to end and becomes one file, published by a rename:
-whatever is retried, killed or restarted, an image_id is written once. A part that is there already, from the same images and the same encoder settings, is not made again.
+The manifest is cut into parts, in its own order. A part is one row of the Ray data set from end to end (its images packed as an Arrow stream), so no
+batching, bundling or splitting can mix or tear parts; it becomes one file, published by a rename: whatever is retried, killed or restarted, an image_id
+is written once. A part that is there already, from the same images and the same encoder settings, is not made again.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import time
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -44,10 +46,6 @@ class Part:
     def file(self) -> str:
         return f"embeddings/part-{self.index:05d}.parquet"
 
-    @property
-    def rejects_file(self) -> str:
-        return f"embeddings/.rejects/part-{self.index:05d}.parquet"
-
 
 def run(config: RunConfig, run: RunDir) -> StageResult:
     """Embeds every image of the manifest.
@@ -81,10 +79,7 @@ def plan_parts(manifest: Manifest, data: DataConfig, encoder: EncoderConfig) -> 
     parts = []
     for index, start in enumerate(range(0, n, rows)):
         table = manifest.table.slice(start, rows).combine_chunks()
-        sink = pa.BufferOutputStream()
-        with pa.ipc.new_stream(sink, table.schema) as writer:
-            writer.write_table(table)
-        content = hashlib.sha256(sink.getvalue()).hexdigest()
+        content = hashlib.sha256(pack(table)).hexdigest()
         parts.append(Part(index, table, fingerprint({**settings, "rows": content})))
     return parts
 
@@ -106,77 +101,93 @@ def _footer(run: RunDir, file: str) -> dict[bytes, bytes]:
         return dict(pq.read_schema(source).metadata or {})
 
 
-class DecodePart:
-    """Manifest rows to rows with 8-bit pixels of the encoder's input size, or a reason. Holds no weights."""
+def pack(table: pa.Table) -> pa.Buffer:
+    """A table as one Arrow stream."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return sink.getvalue()
 
-    def __init__(self, data: DataConfig, encoder_name: str) -> None:
-        self.data, self.encoder_name = data, encoder_name
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        from medsae.data import radiograph
-        from medsae.encoders import load_preprocess
+def unpack(value: pa.Scalar) -> pa.Table:
+    """The table inside a row's `payload`, without a copy."""
+    return pa.ipc.open_stream(value.as_buffer()).read_all()
 
-        fs, base = resolve(self.data.root)
-        preprocess = load_preprocess(self.encoder_name)
-        pixels: list[bytes] = []
-        hashes: list[str] = []
-        reasons: list[str] = []
-        height = width = 0
-        for path in table["path"].to_pylist():
-            try:
-                array = preprocess(radiograph.load(fs, f"{base}/{path}", self.data.max_pixels))
-                height, width = array.shape
-                data = array.tobytes()
-                pixels.append(data)
-                hashes.append(hashlib.sha256(data).hexdigest()[:16])
-                reasons.append("")
-            except DataError as error:
-                pixels.append(b"")
-                hashes.append("")
-                reasons.append(str(error))
-        n = table.num_rows
-        table = table.append_column("pixels", pa.array(pixels, pa.large_binary()))
-        table = table.append_column("pixel_hash", pa.array(hashes, pa.string()))
-        table = table.append_column("reason", pa.array(reasons, pa.string()))
-        return table.append_column("shape", pa.array([f"{height}x{width}"] * n, pa.string()))
+
+def _rows(part: str, payload: pa.Buffer) -> pa.Table:
+    array = pa.Array.from_buffers(pa.large_binary(), 1, [None, pa.py_buffer(np.array([0, payload.size], np.int64)), payload])
+    return pa.table({"part": [part], "payload": array})
+
+
+def decode_part(rows: pa.Table, data: DataConfig, encoder_name: str) -> pa.Table:
+    """A part's manifest rows to rows with the encoder's 8-bit pixels, or a reason. Holds no weights."""
+    from medsae.data import radiograph
+    from medsae.encoders import load_preprocess
+
+    fs, base = resolve(data.root)
+    preprocess = load_preprocess(encoder_name)
+    table = unpack(rows["payload"][0])
+    pixels: list[bytes] = []
+    hashes: list[str] = []
+    reasons: list[str] = []
+    shape = (0, 0)
+    for path in table["path"].to_pylist():
+        content, digest, reason = b"", "", ""
+        try:
+            array = preprocess(radiograph.load(fs, f"{base}/{path}", data.max_pixels))
+            shape, content = array.shape, array.tobytes()
+            digest = hashlib.sha256(content).hexdigest()[:16]
+        except DataError as error:
+            reason = str(error)
+        pixels.append(content)
+        hashes.append(digest)
+        reasons.append(reason)
+    table = table.append_column("pixel_hash", pa.array(hashes, pa.string()))
+    table = table.append_column("reason", pa.array(reasons, pa.string()))
+    table = table.append_column("pixels", pa.array(pixels, pa.large_binary()))
+    return _rows(rows["part"][0].as_py(), pack(table.replace_schema_metadata({b"shape": f"{shape[0]}x{shape[1]}".encode()})))
 
 
 class EncodePart:
-    """Decoded rows to rows with embeddings; one actor holds one encoder."""
+    """A part's pixels to embeddings; one actor holds one encoder."""
 
     def __init__(self, config: EncoderConfig, device: str, threads: int | None) -> None:
         from medsae.encoders import load_encoder
+        from medsae.encoders.conformance import check_encoder
 
         if threads:
             import torch
 
             torch.set_num_threads(threads)
         self.encoder = load_encoder(config.name, config.weights, device=device, seed=config.seed, dtype=config.dtype, sha256=config.sha256)
-        self.info = json.dumps(asdict(self.encoder.info), sort_keys=True)
+        check_encoder(self.encoder)
+        self.info = json.dumps(asdict(self.encoder.info), sort_keys=True).encode()
         self.batch_size = config.batch_size or _default_batch_size(self.encoder, device)
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        ok = pc.equal(table["reason"], "")
-        good = table.filter(ok)
-        embeddings = self._encode(good)
-        empty = pa.nulls(table.num_rows, pa.list_(pa.float32()))
-        column = pc.replace_with_mask(empty, ok.combine_chunks(), embeddings) if good.num_rows else empty
-        return (
-            table.drop_columns(["pixels", "shape"]).append_column("embedding", column).append_column("info", pa.array([self.info] * table.num_rows))
-        )
+    def __call__(self, rows: pa.Table) -> pa.Table:
+        table = unpack(rows["payload"][0])
+        height, width = (int(v) for v in table.schema.metadata[b"shape"].split(b"x"))
+        good = table["pixels"].filter(pc.equal(table["reason"], "")).combine_chunks()
+        good = pa.concat_arrays(good.chunks) if isinstance(good, pa.ChunkedArray) else good
+        content = np.frombuffer(b"".join(v.as_buffer() for v in good), np.uint8)
+        matrix = self._encode(content.reshape(len(good), height, width)) if len(good) else np.zeros((0, self.encoder.dim), np.float32)
+        table = table.drop_columns(["pixels"]).replace_schema_metadata({ENCODER_KEY: self.info, b"dim": str(self.encoder.dim).encode()})
+        table = table.append_column("embedding", _with_gaps(matrix, table["reason"].to_pylist()))
+        return _rows(rows["part"][0].as_py(), pack(table))
 
-    def _encode(self, good: pa.Table) -> pa.Array:
-        if good.num_rows == 0:
-            return pa.array([], pa.list_(pa.float32()))
-        height, width = (int(v) for v in good["shape"][0].as_py().split("x"))
-        buffer = b"".join(good["pixels"].to_pylist())
-        pixels = np.frombuffer(buffer, np.uint8).reshape(good.num_rows, height, width)
+    def _encode(self, pixels: np.ndarray) -> np.ndarray:
         chunks = [self.encoder.encode(pixels[i : i + self.batch_size]) for i in range(0, len(pixels), self.batch_size)]
         matrix = np.concatenate(chunks).astype(np.float32, copy=False)
-        if matrix.shape != (good.num_rows, self.encoder.dim) or not np.isfinite(matrix).all():
-            raise DataError(f"encoder {self.encoder.name} returned {matrix.shape} or values that are not finite for {good.num_rows} images")
-        offsets = pa.array(np.arange(0, matrix.size + 1, matrix.shape[1]), pa.int32())
-        return pa.ListArray.from_arrays(offsets, pa.array(matrix.reshape(-1)))
+        if matrix.shape != (len(pixels), self.encoder.dim) or not np.isfinite(matrix).all():
+            raise DataError(f"encoder {self.encoder.name} returned shape {matrix.shape} or values that are not finite for {len(pixels)} images")
+        return matrix
+
+
+def _with_gaps(matrix: np.ndarray, reasons: list[str]) -> pa.Array:
+    """Rows of a matrix as lists; empty lists where there is a reason instead."""
+    lengths = np.where(np.array(reasons, dtype=object) == "", matrix.shape[1], 0)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return pa.ListArray.from_arrays(pa.array(offsets, pa.int32()), pa.array(matrix.reshape(-1)))
 
 
 def _default_batch_size(encoder: Any, device: str) -> int:
@@ -187,25 +198,22 @@ def _default_batch_size(encoder: Any, device: str) -> int:
     return int(find_batch_size(encoder))
 
 
-class WritePart:
+def write_part(rows: pa.Table, run: RunDir, plans: dict[str, str]) -> pa.Table:
     """Publishes one part: the rejects first, then the embeddings, so that a part that is there is whole."""
+    part, table = rows["part"][0].as_py(), unpack(rows["payload"][0])
+    ok = pc.equal(table["reason"], "")
+    bad = table.filter(pc.invert(ok))
+    if bad.num_rows:
+        rejects = pa.table({"path": bad["path"], "stage": ["extract"] * bad.num_rows, "reason": bad["reason"]}, schema=REJECT_SCHEMA)
+        run.write_table(_rejects_file(part), rejects)
+    good = table.filter(ok).select(EMBEDDING_SCHEMA.names).cast(EMBEDDING_SCHEMA)
+    run.write_table(part, good.replace_schema_metadata({PLAN_KEY: plans[part].encode(), ENCODER_KEY: table.schema.metadata[ENCODER_KEY]}))
+    return pa.table({"images": [table.num_rows], "rejected": [bad.num_rows]})
 
-    def __init__(self, run: RunDir, parts: dict[str, tuple[str, str, str, int]]) -> None:
-        self.run, self.parts = run, parts
 
-    def __call__(self, table: pa.Table) -> pa.Table:
-        file, rejects_file, plan, rows = self.parts[table["image_id"][0].as_py()]
-        if table.num_rows != rows:
-            raise ArtifactError(f"{file}: a block of {table.num_rows} rows arrived where {rows} were sent; lower encoder.rows_per_part")
-        ok = pc.equal(table["reason"], "")
-        bad = table.filter(pc.invert(ok))
-        if bad.num_rows:
-            rejects = pa.table({"path": bad["path"], "stage": ["extract"] * bad.num_rows, "reason": bad["reason"]}, schema=REJECT_SCHEMA)
-            self.run.write_table(rejects_file, rejects)
-        good = table.filter(ok).select(EMBEDDING_SCHEMA.names).cast(EMBEDDING_SCHEMA)
-        info = table["info"][0].as_py()
-        self.run.write_table(file, good.replace_schema_metadata({PLAN_KEY: plan.encode(), ENCODER_KEY: info.encode()}))
-        return pa.table({"images": [table.num_rows], "rejected": [bad.num_rows]})
+def _rejects_file(part: str) -> str:
+    folder, name = part.rsplit("/", 1)
+    return f"{folder}/.rejects/{name}"
 
 
 def _extract(config: RunConfig, run: RunDir, todo: list[Part], images: int, gpus: int) -> float:
@@ -219,24 +227,27 @@ def _extract(config: RunConfig, run: RunDir, todo: list[Part], images: int, gpus
     # On CPUs the pool takes a fraction of each logical CPU, so that decoding is never starved; on GPUs, none.
     resources: dict[str, Any] = {"num_gpus": 1, "num_cpus": 0} if gpus else {"num_cpus": 0.5}
     threads = None if gpus else max(1, cores // actors)
-    known = {p.table["image_id"][0].as_py(): (p.file, p.rejects_file, p.plan, p.table.num_rows) for p in todo}
+    plans = {p.file: p.plan for p in todo}
     ds = (
-        ray.data.from_arrow([p.table for p in todo])
-        .map_batches(DecodePart(config.data, config.encoder.name).__call__, batch_size=None, batch_format="pyarrow", num_cpus=1)
+        ray.data.from_arrow([_rows(p.file, pack(p.table)) for p in todo])
+        .map_batches(
+            decode_part,
+            fn_kwargs={"data": config.data, "encoder_name": config.encoder.name},
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=1,
+        )
         .map_batches(
             EncodePart,
             fn_constructor_kwargs={"config": config.encoder, "device": device, "threads": threads},
-            # one block, one part: Ray asks for a number with GPUs, and this one is above every part's
-            batch_size=1 << 20 if gpus else None,
+            batch_size=1,
             batch_format="pyarrow",
             compute=pool,
             **resources,
         )
-        .map_batches(WritePart(run, known).__call__, batch_size=None, batch_format="pyarrow", num_cpus=0.25)
+        .map_batches(write_part, fn_kwargs={"run": run, "plans": plans}, batch_size=1, batch_format="pyarrow", num_cpus=0.25)
     )
     fresh = sum(p.table.num_rows for p in todo)
-    import time
-
     started = time.perf_counter()
     with progress(images, "extract", "image", initial=images - fresh) as bar:
         try:
@@ -262,7 +273,7 @@ def _finish(run: RunDir, manifest: Manifest, parts: list[Part], counts: dict[str
     infos = {(_footer(run, p.file).get(ENCODER_KEY) or b"").decode() for p in parts}
     if len(infos) != 1:
         raise ArtifactError(f"{run.path('embeddings')} was made with {len(infos)} different sets of encoder weights: run extract with --force")
-    pieces = [manifest.rejects] + [run.read_table(p.rejects_file) for p in parts if run.exists(p.rejects_file)]
+    pieces = [manifest.rejects] + [run.read_table(_rejects_file(p.file)) for p in parts if run.exists(_rejects_file(p.file))]
     rejects = pa.concat_tables(pieces)
     run.write_table("rejects.parquet", rejects)
     extracted = rejects.num_rows - manifest.rejects.num_rows
