@@ -1,0 +1,163 @@
+"""The naming service: a Gemma3-class vision-language model (MedGemma) through vLLM behind Ray Serve, OpenAI-compatible."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import ray
+from pydantic import Field, ValidationError
+from ray import serve
+
+from medsae.errors import ConfigError, ServiceError
+from medsae.settings import Section
+
+if TYPE_CHECKING:
+    from ray.serve.deployment import Application
+
+log = logging.getLogger("medsae")
+
+MODEL_ID = "medgemma"
+
+
+class ServiceConfig(Section):
+    """Arguments of the service's builder (`args` in a Serve YAML)."""
+
+    model: str = "google/medgemma-4b-it"
+    """Model directory or hub id: anything of vLLM's that takes images and chat, Gemma3 first of all."""
+    model_id: str = MODEL_ID
+    """Id that requests name."""
+    images: int = Field(16, gt=0)
+    """Most images a request."""
+    accelerator: str | None = None
+    """`cpu`, or a Ray accelerator type such as `L4` or `A100`; default: `cpu` where the cluster has no GPU, else any GPU."""
+    replicas: int | None = Field(None, gt=0)
+    """A fixed number of engines; default: between `min_replicas` and `max_replicas`, by load."""
+    min_replicas: int = Field(1, ge=0)
+    """Fewest engines."""
+    max_replicas: int = Field(1, gt=0)
+    """Most engines."""
+    max_ongoing_requests: int = Field(256, gt=0)
+    """Requests that an engine takes at a time; it batches them continuously."""
+    engine: dict[str, Any] = Field(default_factory=dict)
+    """vLLM engine arguments, on top of the defaults."""
+    environment: dict[str, str] = Field(default_factory=dict)
+    """Environment variables of the engine."""
+
+
+def service_config(args: dict[str, Any]) -> ServiceConfig:
+    """Builder arguments as a ServiceConfig.
+
+    Raises:
+        ConfigError: one line that names the key.
+    """
+    try:
+        return ServiceConfig.model_validate(args)
+    except ValidationError as error:
+        problems = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise ConfigError("naming service: " + "; ".join(problems)) from error
+
+
+def check_model(model: str) -> None:
+    """Says early what a missing model directory would say after minutes.
+
+    Raises:
+        ConfigError: `model` looks like a path and holds no `config.json`.
+    """
+    looks_like_path = model.startswith((".", "/", "~")) or Path(model).expanduser().is_dir()
+    if looks_like_path and not (Path(model).expanduser() / "config.json").is_file():
+        raise ConfigError(f"model directory {model} holds no config.json; give a directory as `save_pretrained` writes it, or a hub id")
+
+
+def llm_config(config: ServiceConfig, gpus: int) -> Any:
+    """The `ray.serve.llm.LLMConfig` of a ServiceConfig on a cluster with this many GPUs."""
+    from ray.serve.llm import LLMConfig
+
+    check_model(config.model)
+    accelerator = config.accelerator or (None if gpus else "cpu")
+    engine: dict[str, Any] = {
+        "max_model_len": 8192,
+        "limit_mm_per_prompt": {"image": config.images},
+        "enable_prefix_caching": True,
+        # The backend must be named: without it, white space between the keys stays allowed and a weak model loops on it.
+        "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
+    }
+    if accelerator == "cpu":
+        engine |= {"dtype": "bfloat16", "max_num_seqs": 16}
+    deployment: dict[str, Any] = {"max_ongoing_requests": config.max_ongoing_requests}
+    if config.replicas is not None:
+        deployment["num_replicas"] = config.replicas
+    else:
+        deployment["autoscaling_config"] = {
+            "min_replicas": config.min_replicas,
+            "max_replicas": max(config.max_replicas, config.min_replicas),
+            "target_ongoing_requests": max(1, config.max_ongoing_requests // 2),
+        }
+    source = str(Path(config.model).expanduser()) if Path(config.model).expanduser().is_dir() else config.model
+    options: dict[str, Any] = {"accelerator_config": {"kind": "cpu"}} if accelerator == "cpu" else {}
+    if accelerator not in (None, "cpu"):
+        options["accelerator_type"] = accelerator
+    return LLMConfig(
+        model_loading_config={"model_id": config.model_id, "model_source": source},
+        engine_kwargs={**engine, **config.engine},
+        deployment_config=deployment,
+        runtime_env={"env_vars": config.environment} if config.environment else None,
+        log_engine_metrics=False,
+        **options,
+    )
+
+
+def build(args: dict[str, Any]) -> Application:
+    """The Serve application; `args` are those of `ServiceConfig`. Usable as `import_path` of a Serve YAML."""
+    from ray.serve.llm import build_openai_app
+
+    gpus = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
+    app: Application = build_openai_app(
+        {
+            "llm_configs": [llm_config(service_config(args), gpus)],
+            # num_cpus 0: the engine's placement group may hold all CPUs of a small machine.
+            "ingress_deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}, "ray_actor_options": {"num_cpus": 0}},
+        }
+    )
+    return app
+
+
+@contextmanager
+def naming_service(args: dict[str, Any], port: int = 8123, app_name: str = "naming", timeout: float = 1800.0) -> Iterator[str]:
+    """Starts the service on this machine's loopback for the length of a block and yields its base URL. Ray must be connected.
+
+    Raises:
+        ServiceError: it did not come up.
+    """
+    application = build(args)
+    log.info("naming: starting the service with %s", args.get("model", ServiceConfig().model))
+    started = time.perf_counter()
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    try:
+        try:
+            serve.run(application, name=app_name, route_prefix="/")
+        except (RuntimeError, ray.exceptions.RayError) as error:
+            raise ServiceError(f"the naming service did not start with {args.get('model')}: {str(error).splitlines()[0]}") from error
+        url = f"http://127.0.0.1:{port}"
+        _wait(url, timeout)
+        log.info("naming: the service is up after %.0f s", time.perf_counter() - started)
+        yield url
+    finally:
+        serve.delete(app_name)
+
+
+def _wait(url: str, timeout: float) -> None:
+    end = time.monotonic() + timeout
+    while time.monotonic() < end:
+        try:
+            if httpx.get(f"{url}/v1/models", timeout=10, trust_env=False).status_code in (200, 401):
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.5)
+    raise ServiceError(f"the naming service at {url} did not answer within {timeout:.0f} s")
