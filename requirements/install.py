@@ -86,7 +86,7 @@ def main(level: str) -> None:
         install_torch(torch)
     wanted = VENV / ".wanted.txt"
     wanted.write_text("\n".join(p for p in pins if not p.startswith("torch==")))
-    pip("install", "--no-deps", "-r", str(wanted))
+    pip("install", "--no-deps", "--no-compile", "-r", str(wanted))
     pip("install", "--no-deps", str(HERE / "torchvision-ops"))
     pip("install", "--no-deps", "-e", str(ROOT))
     stamp.write_text(digest)
