@@ -16,3 +16,8 @@ class MeasureConfig(Section):
     """A neuron takes part in the entropy figures when its highest |r| exceeds this (the paper's rule)."""
     exemplars: int = Field(16, gt=0)
     """Most activating images kept a neuron."""
+    reference: str | None = None
+    """Run directory whose embeddings (another encoder, the same images) judge similarity in the monosemanticity score. Without one the
+    embeddings judge themselves, and the summary says so."""
+    rows: int | None = Field(None, gt=0)
+    """Images encoded at once in a task; default: what makes 64 MB of activations."""

@@ -1,0 +1,44 @@
+"""The label policy: raw CheXpert-style values to numbers with missing entries."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+
+from medsae.artifacts import BLANK, UNCERTAIN
+
+Uncertain = Literal["zeros", "ones", "ignore"]
+Blank = Literal["negative", "ignore"]
+
+
+def apply_policy(labels: np.ndarray, uncertain: Uncertain = "zeros", blank: Blank = "negative") -> np.ndarray:
+    """Raw labels as float64 [n, C]: 1, 0, or NaN where the policy leaves the entry out.
+
+    Args:
+        labels: integers [n, C]; 1 positive, 0 negative, -1 uncertain, -2 blank.
+        uncertain: what -1 becomes (U-Zeros, U-Ones and U-Ignore of Irvin et al. 2019, arXiv 1901.07031, section 3.1).
+        blank: what -2 becomes.
+
+    Raises:
+        ValueError: for a value that is none of the four.
+    """
+    values = np.asarray(labels)
+    if values.size and not np.isin(values, (1, 0, UNCERTAIN, BLANK)).all():
+        raise ValueError("labels must be 1, 0, -1 (uncertain) or -2 (blank)")
+    out = values.astype(np.float64)
+    out[values == UNCERTAIN] = {"zeros": 0.0, "ones": 1.0, "ignore": np.nan}[uncertain]
+    out[values == BLANK] = {"negative": 0.0, "ignore": np.nan}[blank]
+    return out
+
+
+def label_counts(targets: np.ndarray, names: list[str]) -> dict[str, dict[str, int]]:
+    """Positive, negative and ignored images a label, of targets [n, C] as `apply_policy` returns them."""
+    return {
+        name: {
+            "positive": int((targets[:, c] == 1).sum()),
+            "negative": int((targets[:, c] == 0).sum()),
+            "ignored": int(np.isnan(targets[:, c]).sum()),
+        }
+        for c, name in enumerate(names)
+    }

@@ -1,0 +1,132 @@
+"""From a finished state to the artifacts of `measure/NAME/` (docs/artifacts.md)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from medsae.artifacts import EXEMPLAR_SCHEMA
+from medsae.metrics.correlation import alive, entropy, paper_table, top_label
+from medsae.metrics.detection import one_hot_cross_entropy
+from medsae.metrics.state import MeasureState
+from medsae.metrics.targets import CONFOUNDS
+
+
+def number(value: Any) -> Any:
+    """Numbers as JSON has them: NaN and infinity become null, through lists and mappings."""
+    if isinstance(value, dict):
+        return {k: number(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [number(v) for v in value]
+    if isinstance(value, np.ndarray):
+        return number(value.tolist())
+    if isinstance(value, np.bool_ | np.integer):
+        return value.item()
+    if isinstance(value, float | np.floating):
+        return float(value) if math.isfinite(value) else None
+    return value
+
+
+def dead_neurons(state: MeasureState) -> np.ndarray:
+    """Never above zero [m]; signed features are never dead."""
+    return np.zeros(len(state.activity.n_active), bool) if state.signed else state.activity.n_active == 0
+
+
+def neurons_table(state: MeasureState, labels: list[str], threshold: float) -> pa.Table:
+    """A row a neuron, in the columns of `neurons.parquet`."""
+    activity = state.activity
+    every = state.pooled().compute()
+    count = len(labels)
+    r, confounds = every[:, :count], every[:, count : count + len(CONFOUNDS)]
+    mono = state.monosemanticity.compute()
+    best, best_r = top_label(r)
+    magnitude = np.where(np.isnan(confounds), -1.0, np.abs(confounds))
+    worst = magnitude.argmax(1)
+    worst_r = confounds[np.arange(len(r)), worst]
+    top_defined = best >= 0
+    columns: dict[str, Any] = {
+        "neuron": pa.array(np.arange(len(r)), pa.int32()),
+        "frequency": activity.n_active / max(activity.n, 1),
+        "n_active": activity.n_active,
+        "mean": activity.mean,
+        "max": activity.high,
+        "dead": dead_neurons(state),
+        **{f"r_{name}": r[:, c] for c, name in enumerate(labels)},
+        "alive": alive(r, threshold),
+        "entropy": entropy(r),
+        "top_label": pa.array([labels[b] if b >= 0 else None for b in best], pa.string()),
+        "top_r": best_r,
+        "monosemanticity": mono.score,
+        "monosemanticity_gain": mono.gain,
+        "cross_entropy": one_hot_cross_entropy(r),
+        **{f"confound_{name}": confounds[:, i] for i, name in enumerate(CONFOUNDS)},
+        "top_confound": pa.array([CONFOUNDS[w] if not np.isnan(v) else None for w, v in zip(worst, worst_r, strict=True)], pa.string()),
+        "confounded": np.where(top_defined, np.abs(np.nan_to_num(worst_r)) > np.nan_to_num(np.abs(best_r)), False),
+    }
+    return pa.table(columns)
+
+
+def exemplars_table(state: MeasureState, paths: dict[int, tuple[str, str]], keep: int) -> pa.Table:
+    """The `keep` most activating images a neuron, in the columns of `exemplars.parquet`.
+
+    Args:
+        state: the finished state.
+        paths: image key to (image_id, path).
+        keep: images a neuron.
+    """
+    neuron, rank, value, key = state.top.compute()
+    first = rank < keep
+    neuron, rank, value, key = neuron[first], rank[first], value[first], key[first]
+    images = [paths[int(k)] for k in key]
+    population = np.full(len(neuron), state.activity.n) if state.signed else state.activity.n_active[neuron]
+    return pa.table(
+        {
+            "neuron": neuron.astype(np.int32),
+            "image_id": [i for i, _ in images],
+            "path": [p for _, p in images],
+            "activation": value.astype(np.float32),
+            "role": ["name"] * len(neuron),
+            "rank": rank.astype(np.int32),
+            "quantile": (1 - rank / np.maximum(population, 1)).astype(np.float32),
+        },
+        schema=EXEMPLAR_SCHEMA,
+    )
+
+
+def summary(name: str, state: MeasureState, labels: list[str], threshold: float) -> dict[str, Any]:
+    """The figures of `summary.json` that follow from the state alone."""
+    r = state.pooled().compute()[:, : len(labels)]
+    table = paper_table(r, labels, threshold)
+    living, h = alive(r, threshold), entropy(r)
+    mono = state.monosemanticity.compute()
+    moments = state.pooled()
+    defined = ~np.isnan(mono.score)
+    n_each = np.broadcast_to(moments.n, (len(moments.mean_y),))
+    positive = [round(float(n_each[c] * moments.mean_y[c])) for c in range(len(labels))]
+    return {
+        "name": name,
+        "n_images": state.activity.n,
+        "n_neurons": len(r),
+        "labels": labels,
+        "paper_table": table.rows,
+        "paper_mean": {"r": table.mean_r, "entropy": table.mean_entropy},
+        "n_alive": int(living.sum()),
+        "dead_share": float(dead_neurons(state).mean()),
+        "l0": state.activity.l0,
+        "fvu": state.reconstruction.compute(),
+        "mean_entropy_alive": float(h[living].mean()) if living.any() else None,
+        "mean_monosemanticity": float(mono.score[defined].mean()) if defined.any() else None,
+        "monosemanticity_baseline": mono.baseline,
+        "n_reference": mono.n,
+        "label_counts": {
+            label: {
+                "positive": positive[c],
+                "negative": int(n_each[c]) - positive[c],
+                "ignored": state.activity.n - int(n_each[c]),
+            }
+            for c, label in enumerate(labels)
+        },
+    }

@@ -1,0 +1,106 @@
+"""The measure stage on a made-up run directory, against numpy on the whole matrix."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from medsae.artifacts import EMBEDDING_SCHEMA, RunDir, read_embeddings
+from medsae.config import RunConfig, validate_config
+from medsae.errors import ArtifactError
+from medsae.metrics.features import LinearFeatures
+from medsae.metrics.labels import apply_policy
+from medsae.pipeline import measure
+
+LABELS = ["Edema", "Pleural Effusion", "Support Devices"]
+N, D = 360, 12
+
+
+def write_run(folder: Path, n: int = N, parts: int = 5, split: str | None = None, seed: int = 0) -> RunDir:
+    """A run directory with random embeddings whose first coordinates carry the labels."""
+    rng = np.random.default_rng(seed)
+    run = RunDir(str(folder))
+    patients = np.array([f"p{i // 2}" for i in range(n)])
+    labels = rng.choice([1, 0, -1, -2], p=[0.25, 0.3, 0.1, 0.35], size=(n, len(LABELS))).astype(np.int8)
+    x = rng.standard_normal((n, D)).astype(np.float32) + 1
+    x[:, : len(LABELS)] += 1.5 * (labels == 1)
+    ids = [hashlib.sha256(f"{seed}/{i}".encode()).hexdigest()[:16] for i in range(n)]
+    table = pa.table(
+        {
+            "image_id": ids,
+            "path": [f"patient{i:05d}/view1.png" for i in range(n)],
+            "patient_id": patients,
+            "study_id": [f"{p}/s1" for p in patients],
+            "view": rng.choice(["frontal", "lateral"], n),
+            "projection": rng.choice(["AP", "PA", ""], n),
+            "sex": rng.choice(["F", "M", ""], n),
+            "age": rng.uniform(20, 90, n).astype(np.float32),
+            "split": [split or ("eval" if int(p[1:]) % 3 else "train") for p in patients],
+            "pixel_hash": ids,
+            "labels": list(labels),
+            "embedding": list(x),
+        },
+        schema=EMBEDDING_SCHEMA,
+    )
+    bounds = np.linspace(0, n, parts + 1).astype(int)
+    for i, (a, b) in enumerate(itertools.pairwise(bounds)):
+        run.write_table(f"embeddings/part-{i:05d}.parquet", table.slice(a, b - a))
+    run.write_manifest({"schema": 1, "labels": LABELS, "encoder": {"name": "none", "dim": D, "trained": False, "notice": "random"}, "stages": {}})
+    return run
+
+
+def config_for(run: RunDir, **measure: object) -> RunConfig:
+    return validate_config({"run": run.uri, "measure": measure, "sae": [{"name": "standard", "dict_size": 40}]})
+
+
+@pytest.fixture
+def features(monkeypatch: pytest.MonkeyPatch) -> LinearFeatures:
+    """A ReLU dictionary in the place of a trained SAE, handed to the tasks."""
+    rng = np.random.default_rng(3)
+    weight = rng.standard_normal((D, 40))
+    made = LinearFeatures(weight, np.full(D, 1.0), 0.05 * weight.T, relu=True)
+    original = measure.reduce_parts
+    monkeypatch.setattr(measure, "reduce_parts", lambda plan, side, name, given: original(plan, side, name, made if name == "standard" else given))
+    return made
+
+
+@pytest.mark.ray
+def test_artifacts_equal_numpy_on_the_whole_matrix(tmp_path: Path, ray_cluster: None, features: LinearFeatures) -> None:
+    run = write_run(tmp_path)
+    result = measure.run(config_for(run), run)
+    data = read_embeddings(run, "eval")
+    y = apply_policy(data.labels, "zeros", "negative")
+    for name, z in (("raw", data.x), ("standard", features.encode(data.x))):
+        z = z.astype(np.float64)
+        neurons = run.read_table(f"measure/{name}/neurons.parquet").to_pandas()
+        r = np.corrcoef(z.T, y.T)[: z.shape[1], z.shape[1] :]
+        got = neurons[[f"r_{label}" for label in LABELS]].to_numpy()
+        np.testing.assert_allclose(got, r, atol=1e-9)
+        np.testing.assert_allclose(neurons["mean"], z.mean(0), atol=1e-12)
+        np.testing.assert_array_equal(neurons["n_active"], (z > 0).sum(0))
+        summary = run.read_json(f"measure/{name}/summary.json")
+        assert summary["n_images"] == len(data)
+        for c, label in enumerate(LABELS):
+            assert summary["paper_table"][label]["neuron"] == r[:, c].argmax()
+            assert summary["label_counts"][label]["positive"] == y[:, c].sum()
+        exemplars = run.read_table(f"measure/{name}/exemplars.parquet").to_pandas()
+        top = exemplars[(exemplars.neuron == 3) & (exemplars["rank"] == 0)].iloc[0]
+        assert top.image_id == data.column("image_id")[z[:, 3].argmax()]
+    assert set(result.outputs) == {f"measure/{n}/{f}" for n in ("raw", "standard") for f in ("neurons.parquet", "summary.json", "exemplars.parquet")}
+    standard = run.read_json("measure/standard/summary.json")
+    residual = data.x - features.decode(features.encode(data.x))
+    centred = data.x.astype(np.float64) - data.x.astype(np.float64).mean(0)
+    assert standard["fvu"] == pytest.approx((residual.astype(np.float64) ** 2).sum() / (centred**2).sum(), rel=1e-9)
+    assert run.read_json("measure/raw/summary.json")["fvu"] is None
+
+
+@pytest.mark.ray
+def test_an_empty_split_is_one_line(tmp_path: Path, ray_cluster: None) -> None:
+    run = write_run(tmp_path, n=20, parts=1, split="train")
+    with pytest.raises(ArtifactError, match="no image in the split 'eval'"):
+        measure.run(config_for(run), run)
