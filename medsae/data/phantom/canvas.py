@@ -1,0 +1,160 @@
+"""A film in patient coordinates: fine structures are splatted, then blurred to their width; attenuation becomes grey values.
+
+Coordinates are in cm: u to the right of the image (the patient's left), v downward, the origin at the carina.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+BLURS = (0.65, 1.5, 3.0)
+"""Widths (sigma in pixels at 320 pixels) of the layers that fine structures are drawn on."""
+
+MU = 0.19
+"""Linear attenuation of soft tissue, 1/cm: about 70 keV effective energy (NIST XCOM, water 0.193)."""
+
+
+def noise_field(rng: np.random.Generator, shape: tuple[int, int], cells: int) -> np.ndarray:
+    """Smooth Gaussian noise, float32 [H, W]: `cells` random values along the height, interpolated."""
+    rows = cells + 1
+    cols = max(2, round(cells * shape[1] / shape[0])) + 1
+    small = Image.fromarray(rng.standard_normal((rows, cols), dtype=np.float32))
+    return np.asarray(small.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
+
+
+class Film:
+    """Pixel grid of `height` x `width` pixels, `scale` cm a pixel, centred at (`u0`, `v0`), tilted by `tilt` degrees."""
+
+    def __init__(self, height: int, width: int, scale: float, u0: float, v0: float, tilt: float) -> None:
+        self.shape = (height, width)
+        self.scale = scale
+        self.u0, self.v0 = u0, v0
+        self.blur = scale and min(height, width) / 320
+        self.cos, self.sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
+        x = ((np.arange(width, dtype=np.float32) - (width - 1) / 2) * scale)[None, :]
+        y = ((np.arange(height, dtype=np.float32) - (height - 1) / 2) * scale)[:, None]
+        self.u = (x * self.cos + y * self.sin + u0).astype(np.float32)
+        self.v = (-x * self.sin + y * self.cos + v0).astype(np.float32)
+        self._layers = [np.zeros(height * width) for _ in BLURS]
+        # Functions of v alone are tables: one gather costs a tenth of an interpolation.
+        self._grid = np.arange(-40.0, 40.0, 0.02)
+        self._iv = np.clip((self.v + 40.0) / 0.02, 0, len(self._grid) - 1).astype(np.int32)
+        self._iu = np.clip((self.u + 40.0) / 0.02, 0, len(self._grid) - 1).astype(np.int32)
+
+    def along_v(self, knots: list[float] | np.ndarray, values: list[float] | np.ndarray) -> np.ndarray:
+        """A piecewise function of v on the grid, smoothed a little so that no knot shows."""
+        return np.asarray(self._table(knots, values)[self._iv])
+
+    def along_u(self, knots: list[float] | np.ndarray, values: list[float] | np.ndarray) -> np.ndarray:
+        """A piecewise function of u on the grid."""
+        return np.asarray(self._table(knots, values)[self._iu])
+
+    def _table(self, knots: list[float] | np.ndarray, values: list[float] | np.ndarray) -> np.ndarray:
+        table = np.interp(self._grid, knots, values)
+        return ndimage.uniform_filter1d(ndimage.uniform_filter1d(table, 41, mode="nearest"), 41, mode="nearest").astype(np.float32)
+
+    def pixels(self, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Patient coordinates to (column, row), fractional."""
+        du, dv = u - self.u0, v - self.v0
+        x = (du * self.cos - dv * self.sin) / self.scale + (self.shape[1] - 1) / 2
+        y = (du * self.sin + dv * self.cos) / self.scale + (self.shape[0] - 1) / 2
+        return x, y
+
+    def splat(self, layer: int, u: np.ndarray, v: np.ndarray, volume: np.ndarray | float) -> None:
+        """Puts point masses on a layer, shared among the four nearest pixels.
+
+        Args:
+            layer: index in `BLURS`.
+            u, v: positions in cm, any equal shapes.
+            volume: water-equivalent volume of each point, cm^3 (cross-section area times step of a tube).
+        """
+        x, y = self.pixels(np.ravel(u), np.ravel(v))
+        mass = np.broadcast_to(volume, np.shape(u)).ravel() / self.scale**2
+        h, w = self.shape
+        keep = (x >= 0) & (y >= 0) & (x < w - 1) & (y < h - 1)
+        x, y, mass = x[keep], y[keep], mass[keep]
+        column, row = x.astype(np.int64), y.astype(np.int64)
+        fx, fy = x - column, y - row
+        index = row * w + column
+        flat = self._layers[layer]
+        corners = ((0, (1 - fx) * (1 - fy)), (1, fx * (1 - fy)), (w, (1 - fx) * fy), (w + 1, fx * fy))
+        for offset, share in corners:
+            flat += np.bincount(index + offset, weights=mass * share, minlength=h * w)
+
+    def fine(self) -> np.ndarray:
+        """The splatted structures as water-equivalent thickness in cm, float32 [H, W]."""
+        total = np.zeros(self.shape, np.float32)
+        for sigma, layer in zip(BLURS, self._layers, strict=True):
+            if layer.any():
+                total += ndimage.gaussian_filter(layer.reshape(self.shape).astype(np.float32), sigma * self.blur, truncate=2.5)
+        return total
+
+
+def curve(points: list[tuple[float, float]], step: float = 0.06) -> np.ndarray:
+    """A smooth curve (Catmull-Rom) through points, sampled about every `step` cm: float64 [n, 2]."""
+    p = np.asarray(points, float)
+    p = np.vstack([2 * p[0] - p[1], p, 2 * p[-1] - p[-2]])
+    pieces = []
+    for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True):
+        n = max(2, int(np.hypot(*(c - b)) / step))
+        t = np.arange(n)[:, None] / n
+        pieces.append(0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3))
+    return np.vstack(pieces)
+
+
+def steps(points: np.ndarray) -> np.ndarray:
+    """Length of curve that each sample stands for, cm, [n]."""
+    return np.hypot(*np.gradient(points, axis=0).T)
+
+
+def ellipse_chord(u: np.ndarray, v: np.ndarray, centre: tuple[float, float], axes: tuple[float, float, float], angle: float = 0.0) -> np.ndarray:
+    """Thickness in cm of an ellipsoid seen along its third axis.
+
+    Args:
+        u, v: grid.
+        centre: in cm.
+        axes: semi-axes along u, v (before turning) and depth.
+        angle: turn in degrees, clockwise on the image.
+    """
+    c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
+    du, dv = u - np.float32(centre[0]), v - np.float32(centre[1])
+    a = (du * np.float32(c) + dv * np.float32(s)) / np.float32(axes[0])
+    b = (dv * np.float32(c) - du * np.float32(s)) / np.float32(axes[1])
+    return np.asarray(np.float32(2 * axes[2]) * np.sqrt(np.maximum(1 - a * a - b * b, 0)))
+
+
+def ramp(x: np.ndarray, width: float) -> np.ndarray:
+    """A smooth step from 0 to 1 around x = 0, float32; `width` is the distance from 12 % to 88 %, about."""
+    return np.asarray(0.5 + 0.5 * np.tanh(x * np.float32(2.0 / width)))
+
+
+def develop(thickness: np.ndarray, rng: np.random.Generator, noise: float, centre: float, latitude: float) -> np.ndarray:
+    """Water-equivalent thickness to grey values: Beer-Lambert, scatter, quantum noise, a film curve.
+
+    Args:
+        thickness: cm of water, float32 [H, W].
+        rng: of the noise.
+        noise: 0 to 1.
+        centre: thickness that becomes middle grey, cm.
+        latitude: thickness range of the curve's straight part, cm; wide is low contrast.
+
+    Returns:
+        uint8 [H, W], bone white.
+    """
+    primary = np.exp(np.float32(-MU) * thickness)
+    h, w = primary.shape
+    small = Image.fromarray(primary).resize((max(2, w // 10), max(2, h // 10)), Image.Resampling.BOX)
+    blurred = ndimage.gaussian_filter(np.asarray(small), 2.0)
+    scatter = np.asarray(Image.fromarray(blurred).resize((w, h), Image.Resampling.BICUBIC))
+    # An anti-scatter grid leaves scatter of about a third of the primary signal.
+    signal = primary + np.float32(0.3) * np.maximum(scatter, 0)
+    if noise > 0:
+        grain = rng.standard_normal(thickness.shape, dtype=np.float32)
+        signal *= 1 + np.float32(0.0035 * noise) / np.sqrt(signal + np.float32(1e-3)) * grain
+    density = np.log(np.maximum(signal, np.float32(1e-5))) / np.float32(-MU)
+    reference = centre - np.log(1.3) / MU
+    t = (density - np.float32(reference)) / np.float32(latitude)
+    grey = 1 / (1 + np.exp(np.float32(-3.6) * t))
+    return np.asarray(np.clip(grey * 255 + 0.5, 0, 255).astype(np.uint8))

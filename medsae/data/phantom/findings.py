@@ -1,0 +1,189 @@
+"""The planted findings of frontal radiographs: how each changes the lungs."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from medsae.data.phantom.canvas import curve, noise_field, ramp
+from medsae.data.phantom.frontal import SIGN, Scene, rib_path
+from medsae.data.phantom.model import SIDES
+
+
+def _stream(scene: Scene, kind: int, side: str = "left") -> np.random.Generator:
+    """Random numbers of one finding of one patient: independent of every other finding."""
+    return np.random.default_rng([scene.phantom.anatomy.seed, 10 + kind, SIDES.index(side)])
+
+
+def plant(scene: Scene) -> dict[str, np.ndarray]:
+    """Changes the lungs' air and density in place; returns where vessels show (0 to 1 on the grid), a side each."""
+    assert scene.air is not None
+    keep = {side: np.minimum(scene.air[side] / np.float32(1.5), 1) for side in SIDES}
+    edema(scene)
+    for side in SIDES:
+        consolidation(scene, side)
+        atelectasis(scene, side)
+        nodule(scene, side)
+        effusion(scene, side)
+        pneumothorax(scene, side, keep)
+    return keep
+
+
+def edema(scene: Scene) -> None:
+    """Perihilar haze (bat wings), more below than above; septal lines at the lower ribs. Vessels are congested in `frontal.vessels`."""
+    severity = scene.phantom.findings.edema
+    if severity == 0:
+        return
+    film, rng = scene.film, _stream(scene, 0)
+    cloud = noise_field(rng, film.shape, 16)
+    fine = noise_field(rng, film.shape, 70)
+    assert scene.density is not None and scene.air is not None and scene.lateral is not None
+    for side in SIDES:
+        du = (film.u * np.float32(SIGN[side]) - 4.4) / 4.6
+        dv = (film.v - 2.6) / 6.2
+        wings = np.exp(-(du * du + dv * dv)) + np.float32(0.22)
+        haze = np.float32(0.62 * severity) * wings * (1 + 0.30 * cloud + 0.34 * fine)
+        density = scene.density[side]
+        density += np.clip(haze, 0, 0.7) * (1 - density)
+        lines = rng.uniform(0, 1, (round(4 + 12 * severity), 3))
+        for a, b, c in lines:
+            v = 2.5 + a * (scene.dome[side] - 1.5)
+            edge = np.interp(v, [0, 4, 8, 12], [12.2, 13.2, 13.4, 13.0]) * scene.width - 0.35 - 0.2 * b
+            u = SIGN[side] * np.linspace(edge - 1.0 - 0.9 * c, edge, 30)
+            film.splat(0, u, v + 0.1 * np.linspace(-1, 1, 30) * (b - 0.5), 0.0045 * (0.5 + severity))
+
+
+def consolidation(scene: Scene, side: str) -> None:
+    """A lobar patch with cloudy edges and air bronchograms."""
+    severity = scene.phantom.findings.side("consolidation", side)
+    if severity == 0:
+        return
+    film, rng = scene.film, _stream(scene, 1, side)
+    assert scene.density is not None
+    upper = scene.phantom.anatomy.consolidation_zone == "upper"
+    cu = SIGN[side] * rng.uniform(6.2, 8.2) * scene.width
+    cv = (rng.uniform(-6.5, -4.5) if upper else rng.uniform(5.0, 6.6)) * scene.height
+    ru, rv = 2.5 + 2.4 * severity, 2.3 + 2.0 * severity
+    distance = np.sqrt(np.square((film.u - cu) / ru) + np.square((film.v - cv) / rv))
+    distance += np.float32(0.22) * noise_field(rng, film.shape, 14) + np.float32(0.10) * noise_field(rng, film.shape, 36)
+    patch = ramp(1 - distance, 0.55) * np.float32(0.42 + 0.48 * severity)
+    scene.density[side] += patch * (1 - scene.density[side])
+    # Bronchi stay filled with air: dark branches inside the patch.
+    for _ in range(5):
+        angle = rng.normal(0, 0.55)
+        start = np.array([cu - SIGN[side] * ru * 0.8, cv + rng.normal(0, 0.6)])
+        t = np.linspace(0, 1.5 * ru, 60)
+        u = start[0] + SIGN[side] * t * np.cos(angle)
+        v = start[1] + t * np.sin(angle) + 0.12 * np.sin(2 * t + angle)
+        film.splat(0, u, v, -0.0095 * (0.4 + severity))
+
+
+def atelectasis(scene: Scene, side: str) -> None:
+    """Plate-like bands above a raised diaphragm, and crowded, denser lung at the base."""
+    severity = scene.phantom.findings.side("atelectasis", side)
+    if severity == 0:
+        return
+    film, rng = scene.film, _stream(scene, 2, side)
+    assert scene.density is not None
+    for k in range(1 + round(2.4 * severity)):
+        v = scene.dome[side] - 1.4 - 1.6 * k - rng.uniform(0, 0.6)
+        u = SIGN[side] * np.linspace(rng.uniform(4.2, 6.0), rng.uniform(9.5, 11.3) * scene.width, 160)
+        slope = rng.uniform(-0.16, 0.22)
+        line = v + slope * np.abs(u - u[0]) + 0.25 * np.sin(np.linspace(0, np.pi, 160))
+        taper = np.sin(np.linspace(0.25, np.pi - 0.25, 160))
+        film.splat(1, u, line, 0.034 * (0.45 + 0.75 * severity) * taper)
+        film.splat(0, u, line, 0.012 * (0.45 + 0.75 * severity) * taper)
+    base = np.exp(-np.square((film.v - np.float32(scene.dome[side] + 0.5)) / np.float32(2.6)))
+    base *= np.exp(-np.square((film.u * np.float32(SIGN[side]) - 6) / np.float32(5)))
+    scene.density[side] += np.float32(0.34 * severity) * base * (1 - scene.density[side])
+
+
+def nodule(scene: Scene, side: str) -> None:
+    """A round, dense ball of 1 to 3.4 cm in the lung."""
+    severity = scene.phantom.findings.side("nodule", side)
+    if severity == 0:
+        return
+    a, rng = scene.phantom.anatomy, _stream(scene, 3, side)
+    radius = 0.5 + 1.2 * severity
+    v = (-8.0 + a.nodule_zone * (scene.dome[side] + 5.0)) * scene.height
+    edge = np.interp(v, [-10, -7, -4, 0, 4, 14], [7.0, 8.7, 10.5, 12.0, 13.2, 13.0]) * scene.width
+    u = SIGN[side] * (5.0 + a.nodule_lateral * (edge - 6.2 - radius))
+    film = scene.film
+    assert scene.air is not None and scene.density is not None
+    du, dv = film.u - np.float32(u), film.v - np.float32(v)
+    wobble = 1 + 0.07 * np.sin(3 * np.arctan2(dv, du) + rng.uniform(0, 6))
+    depth = 2 * np.sqrt(np.maximum(np.float32(radius) ** 2 - (du * du + dv * dv) * wobble, 0))
+    share = np.minimum(1.15 * depth / np.maximum(scene.air[side], 2.0), 0.95)
+    scene.density[side] += share * (1 - scene.density[side])
+
+
+def effusion(scene: Scene, side: str) -> None:
+    """Fluid with a meniscus that climbs the chest wall; small ones blunt the costophrenic angle."""
+    severity = scene.phantom.findings.side("effusion", side)
+    if severity == 0:
+        return
+    film = scene.film
+    assert scene.density is not None and scene.lateral is not None and scene.air is not None
+    across = film.u * np.float32(SIGN[side]) / np.maximum(scene.lateral, 1)
+    rim = np.clip(across, 0, 1)
+    rim2 = rim * rim
+    # Level at the middle of the lung, and how much higher it stands at the wall.
+    level = scene.dome[side] + 3.4 - 11.5 * severity**0.9
+    climb = 2.2 + 2.4 * severity
+    surface = np.float32(level) - np.float32(climb) * (rim2 * rim2) + np.float32(1.0) * (1 - rim2)
+    depth = film.v - surface
+    share = ramp(depth, 1.3) * np.float32(0.93)
+    # Fluid behind the lung veils what lies above the level.
+    share = np.maximum(share, np.float32(0.22 * severity) * np.exp(np.minimum(depth / np.float32(5.0), 0)))
+    scene.density[side] += share * (1 - scene.density[side])
+
+
+def pneumothorax(scene: Scene, side: str, keep: dict[str, np.ndarray]) -> None:
+    """Air between lung and chest wall: a thin pleural line, beyond it no vessels and a darker field."""
+    severity = scene.phantom.findings.side("pneumothorax", side)
+    if severity == 0:
+        return
+    film = scene.film
+    assert scene.density is not None and scene.lateral is not None
+    top = -12.6 * scene.height
+    apex = top + 0.9 + 6.5 * severity
+    base = scene.dome[side] + 4.0
+    v = np.linspace(apex, base - 0.3, 300)
+    outside = np.interp(
+        v, [top, -10.7, -7.2, -4.2, -1.5, 1.1, 3.5, 5.8, 8.1, 10.4, 14], [4.8, 5.5, 8.7, 10.5, 11.8, 12.6, 13.2, 13.5, 13.6, 13.5, 13.0]
+    )
+    outside = outside * scene.width
+    fall = (v - apex) / (base - apex)
+    gap = (0.5 + 4.6 * severity) * (1 - 0.75 * fall)
+    edge = 4.4 + (np.maximum(outside - gap, 4.6) - 4.4) * np.sqrt(np.clip(fall * 6, 0, 1) * (2 - np.clip(fall * 6, 0, 1)))
+    inner = film.along_v(v, edge)
+    across = film.u * np.float32(SIGN[side])
+    free = np.maximum(ramp(across - inner, 0.18), ramp(np.float32(apex) - film.v, 0.18))
+    collapsed = 0.27 + 0.22 * severity
+    scene.density[side] = scene.density[side] * (1 - free) + np.float32(0.02) * free
+    scene.density[side] += np.float32(collapsed - 0.27) * (1 - free) * (1 - scene.density[side])
+    keep[side] = keep[side] * (1 - free)
+    start = np.stack([np.linspace(3.0, edge[2], 40), np.full(40, apex)], 1)
+    path = np.vstack([start, np.stack([edge, v], 1)])
+    line = curve([tuple(p) for p in path[::12]], 0.05)
+    film.splat(0, SIGN[side] * line[:, 0], line[:, 1], 0.0042)
+
+
+def region(scene: Scene, finding: str) -> np.ndarray:
+    """Where a finding may change the image, bool [H, W]: half-planes and zones, for tests and for checking heat maps."""
+    film = scene.film
+    name, _, side = finding.partition("_")
+    mask = np.ones(film.shape, bool)
+    if side in SIDES:
+        mask &= film.u * SIGN[side] > 1.0
+    if name in ("effusion", "atelectasis"):
+        mask &= film.v > scene.dome[side] - 11
+    if name == "consolidation":
+        mask &= (film.v < 0) if scene.phantom.anatomy.consolidation_zone == "upper" else (film.v > 0)
+    if name == "cardiomegaly":
+        mask &= (film.v > -3) & (np.abs(film.u) < 13)
+    if name == "mediastinum":
+        mask &= (film.v < 4) & (np.abs(film.u) < 6)
+    if name == "fracture":
+        path = np.concatenate([rib_path(scene, r, side)[:, :2] for r in range(scene.phantom.anatomy.fracture_rib, 10)])
+        mask &= (film.v > path[:, 1].min() - 1) & (film.u * SIGN[side] > 5)
+    return mask
