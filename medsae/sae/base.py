@@ -1,0 +1,104 @@
+"""What all architectures share: parameters, the training step's input and output, and gradient constraints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from medsae.sae.collective import Collective
+from medsae.sae.config import SAEConfig
+
+
+@dataclass(frozen=True)
+class StepInput:
+    """What a training step sees besides its share `x` [b, d] of the global batch.
+
+    `total` samples of the global batch B; `sparsity` multiplier of the sparsity coefficient (its warm-up); `dead` bool [m];
+    `collective` adds over the workers that share the global batch.
+    """
+
+    x: Tensor
+    total: int
+    sparsity: float
+    dead: Tensor
+    collective: Collective
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What a training step gives. Sums run over this worker's samples and are divided by the global B, so that workers' losses add up.
+
+    `loss` to call backward on; `terms` its parts, detached; `error` x - x_hat [b, d], detached; `active` number of active pairs;
+    `fired` bool [m], whether each neuron was active in this worker's samples.
+    """
+
+    loss: Tensor
+    error: Tensor
+    active: Tensor
+    fired: Tensor
+    terms: dict[str, Tensor] = field(default_factory=dict)
+
+
+def unit_rows(weight: Tensor) -> Tensor:
+    """Rows scaled to norm 1."""
+    return weight / weight.norm(dim=1, keepdim=True).clamp_min(1e-12)
+
+
+class Architecture(nn.Module):
+    """A sparse autoencoder in training, on scaled inputs.
+
+    Parameters: `W_enc` [m, d], `b_enc` [m], `W_dec` [m, d] (a row is a neuron's decoder direction), `b_dec` [d].
+    """
+
+    unit_decoder: ClassVar[bool] = True
+    """Whether decoder rows are kept at norm 1 (gradients parallel to them removed before the step, rows renormalised after it)."""
+    subtract_bias: ClassVar[bool] = True
+    """Whether the encoder sees x - b_dec."""
+    init_norm: ClassVar[float] = 1.0
+    """Norm of decoder rows at the start."""
+
+    def __init__(self, config: SAEConfig, dim: int, seed: int, center: np.ndarray | None = None) -> None:
+        super().__init__()
+        self.config, self.dim, self.dict_size = config, dim, config.dict_size
+        generator = torch.Generator().manual_seed(seed)
+        directions = unit_rows(torch.randn(self.dict_size, dim, generator=generator)) * self.init_norm
+        self.W_enc = nn.Parameter(directions.clone())
+        self.b_enc = nn.Parameter(torch.zeros(self.dict_size))
+        self.W_dec = nn.Parameter(directions.clone())
+        self.b_dec = nn.Parameter(torch.zeros(dim) if center is None else torch.as_tensor(center, dtype=torch.float32).clone())
+
+    def loss(self, step: StepInput) -> StepOutput:
+        """Forward pass and loss of a batch."""
+        raise NotImplementedError
+
+    def encoder_input(self, x: Tensor) -> Tensor:
+        return x - self.b_dec if self.subtract_bias else x
+
+    @torch.no_grad()
+    def constrain_gradients(self) -> None:
+        """Removes from each decoder row's gradient the part that is parallel to the row, where rows have unit norm."""
+        if self.unit_decoder and self.W_dec.grad is not None:
+            parallel = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
+            self.W_dec.grad.addcmul_(self.W_dec, parallel, value=-1.0)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Renormalises decoder rows, where they have unit norm."""
+        if self.unit_decoder:
+            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+
+    def export(self) -> tuple[str, dict[str, Tensor], dict[str, float | int]]:
+        """The trained network for inference on scaled inputs: activation (`standard`, `topk`, `jumprelu` or `gated`), float64 tensors with
+        `W_enc` [d, m], `W_dec` [m, d] and the biases, and the activation's own numbers (`k`). The encoder of an export does not subtract `b_dec`.
+        """
+        return "standard", self.plain_export(), {}
+
+    def plain_export(self) -> dict[str, Tensor]:
+        w, b = self.W_enc.detach().double(), self.b_enc.detach().double()
+        if self.subtract_bias:
+            b = b - w @ self.b_dec.detach().double()
+        return {"W_enc": w.T.contiguous(), "b_enc": b, "W_dec": self.W_dec.detach().double(), "b_dec": self.b_dec.detach().double()}

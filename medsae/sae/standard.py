@@ -1,0 +1,40 @@
+"""`standard`: one ReLU layer with an L1 penalty and unit decoder rows (Bricken et al. 2023; the paper's)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from medsae.sae.base import Architecture, StepInput, StepOutput
+from medsae.sae.sparse_ops import Dense
+
+
+class Standard(Architecture):
+    """f = ReLU(W_enc (x - b_dec) + b_enc); loss = mean ||x - x_hat||^2 + l1 * mean ||f||_1 (sums over neurons and dimensions, means over samples)."""
+
+    def penalty_weights(self) -> Tensor | None:
+        """What a neuron's activation is multiplied by in the penalty, [m]; None for 1."""
+        return None
+
+    def loss(self, step: StepInput) -> StepOutput:
+        assert self.config.l1 is not None
+        active = Dense(len(step.x), self.dict_size)
+        values = active.linear(self.encoder_input(step.x), self.W_enc, self.b_enc).relu()
+        error = step.x - active.decode(values, self.W_dec) - self.b_dec
+        mse = error.square().sum() / step.total
+        weights = self.penalty_weights()
+        l1 = (values if weights is None else values * active.spread(weights)).sum() / step.total
+        total = mse + self.config.l1 * step.sparsity * l1
+        return StepOutput(total, error.detach(), values.detach().count_nonzero(), active.fired(values), {"mse": mse.detach(), "l1": l1.detach()})
+
+
+class April(Standard):
+    """L1 weighted by decoder norm, no norm constraint, encoder without b_dec (Anthropic, April 2024 update)."""
+
+    unit_decoder: ClassVar[bool] = False
+    subtract_bias: ClassVar[bool] = False
+    init_norm: ClassVar[float] = 0.1
+
+    def penalty_weights(self) -> Tensor | None:
+        return self.W_dec.norm(dim=1)
