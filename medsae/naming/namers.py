@@ -23,12 +23,13 @@ NO_CONCEPT = "no shared concept"
 
 @dataclass(frozen=True)
 class Exemplar:
-    """An image that shows what a neuron responds to. `path` is relative to the data root."""
+    """An image that shows what a neuron responds to. `path` is relative to the data root; `caption` is told to the model beside it."""
 
     image_id: str
     path: str
     activation: float
     rank: int = 0
+    caption: str = ""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,82 @@
+"""Activations of chosen neurons over the measured images, made on Ray from the embeddings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import ray
+import scipy.sparse as sp
+
+from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, label_names, read_part
+from medsae.config import RunConfig
+from medsae.errors import ArtifactError
+from medsae.metrics.labels import apply_policy
+from medsae.naming.exemplars import Images, naming_half, rectify, unit_centred
+from medsae.pipeline.measure import get, groups, wait_all
+
+
+@dataclass(frozen=True)
+class Table:
+    """The measured images: `images` with centred embeddings, `targets` [n, C] under the label policy, `labels` their names."""
+
+    images: Images
+    targets: np.ndarray
+    labels: list[str]
+
+
+def _split(config: RunConfig) -> str | None:
+    return None if config.measure.split == "all" else config.measure.split
+
+
+def read_images(config: RunConfig, run: RunDir) -> Table:
+    """The images of the measured split, in the order of the parts.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    names = label_names(run)
+    parts = [read_part(run, p, names, _split(config)) for p in embedding_parts(run)]
+    parts = [p for p in parts if len(p)]
+    if not parts:
+        raise ArtifactError(f"{run.path('embeddings')} has no image in the split {config.measure.split!r}; set measure.split to all")
+
+    def column(name: str) -> np.ndarray:
+        return np.concatenate([p.column(name).astype(str) for p in parts])
+
+    patients = column("patient_id")
+    x = unit_centred(np.concatenate([p.x for p in parts]))
+    images = Images(column("image_id"), column("path"), patients, x, naming_half(patients, config.seed))
+    targets = np.concatenate([apply_policy(p.labels, config.data.uncertain, config.data.blank) for p in parts])
+    return Table(images, targets, names)
+
+
+def _columns(run: RunDir, target: str, neurons: np.ndarray, split: str | None, parts: list[str]) -> sp.csc_matrix:
+    """Activations of `neurons` on the images of some parts, [n, k]."""
+    names = label_names(run)
+    pieces = [sp.csr_matrix((0, len(neurons)), dtype=np.float32)]
+    sae = None
+    if target != RAW:
+        from medsae.sae import load
+
+        sae = load((run, target))
+    for path in parts:
+        part: Embeddings = read_part(run, path, names, split)
+        for start in range(0, len(part), 1024):
+            x = part.x[start : start + 1024]
+            z = x if sae is None else sae.encode(x)
+            pieces.append(sp.csr_matrix(np.asarray(z, np.float32)[:, neurons]))
+    return sp.vstack(pieces).tocsc()
+
+
+def read_activations(config: RunConfig, run: RunDir, target: str, neurons: list[int]) -> sp.csc_matrix:
+    """Activations [n, len(neurons)] of the images of `read_images`, in its order; signed features are rectified at their upper 5 %. Ray is connected."""
+    task = ray.remote(_columns).options(name=f"activations {target}", num_cpus=1)
+    index = ray.put(np.asarray(neurons, np.int64))
+    refs = [task.remote(run, target, index, _split(config), group) for group in groups(embedding_parts(run))]
+    wait_all(refs, f"activations {target}")
+    z = sp.vstack([get(r) for r in refs]).tocsc()
+    if target != RAW:
+        return z
+    dense = z.toarray()
+    return sp.csc_matrix(np.column_stack([rectify(dense[:, j]) for j in range(dense.shape[1])]) if dense.shape[1] else dense)
