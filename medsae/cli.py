@@ -60,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; 0 when it did what was asked, 2 on a user's error, 130 when interrupted."""
-    arguments = parser().parse_intermixed_args(argv)
+    arguments = _parse(argv)
     _quiet(arguments.verbose)
     try:
         return _dispatch(arguments)
@@ -72,10 +72,21 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Options may stand before, between and after the overrides."""
+    top = parser()
+    arguments, rest = top.parse_known_args(argv)
+    if rest and (not hasattr(arguments, "overrides") or any(r.startswith("-") for r in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        arguments.overrides += rest
+    return arguments
+
+
 def _quiet(verbose: bool) -> None:
     """One log line a stage; Ray and the hub speak only with --verbose."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("medsae").setLevel(logging.INFO)
+    logging.getLogger("medsae").setLevel(logging.DEBUG if verbose else logging.INFO)
     if not verbose:
         os.environ.setdefault("RAY_DEDUP_LOGS", "1")
         os.environ.setdefault("RAY_TRAIN_ENABLE_STATE_TRACKING", "0")

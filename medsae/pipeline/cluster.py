@@ -11,6 +11,8 @@ import ray
 
 from medsae.config import RayConfig
 
+log = logging.getLogger("medsae")
+
 
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
@@ -18,14 +20,17 @@ def ray_session(config: RayConfig) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
+    verbose = log.isEnabledFor(logging.DEBUG)
+    if not verbose:
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
     inside_job = "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     if config.address or inside_job:
-        ray.init(address=config.address or "auto", log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(address=config.address or "auto", log_to_driver=verbose, logging_level=logging.WARNING)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         # Logical CPUs only schedule: an actor pool must never hold all of them, or readers starve.
         cpus = config.num_cpus or max(4, os.cpu_count() or 1)
-        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=verbose, logging_level=logging.WARNING)
     try:
         yield
     finally:

@@ -220,6 +220,7 @@ def _extract(config: RunConfig, run: RunDir, todo: list[Part], images: int, gpus
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.issue_detectors_config.detectors = []
     cores = os.cpu_count() or 1
     actors = config.encoder.actors or (gpus if gpus else 1)
     device = "cuda" if gpus else "cpu"
