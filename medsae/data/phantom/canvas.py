@@ -5,11 +5,13 @@ Coordinates are in cm: u to the right of the image (the patient's left), v downw
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-BLURS = (0.65, 1.5, 3.0)
+BLURS = (0.75, 1.5, 3.0)
 """Widths (sigma in pixels at 320 pixels) of the layers that fine structures are drawn on."""
 
 MU = 0.19
@@ -24,6 +26,14 @@ def noise_field(rng: np.random.Generator, shape: tuple[int, int], cells: int) ->
     return np.asarray(small.resize((shape[1], shape[0]), Image.Resampling.BICUBIC))
 
 
+FLATTEN = 0.38
+"""Share of the broad differences in density that the film processing takes away."""
+
+
+def _flat(values: np.ndarray | float, shape: tuple[int, ...]) -> np.ndarray:
+    return np.asarray(values, np.float32).ravel() if np.shape(values) == shape else np.broadcast_to(np.asarray(values, np.float32), shape).ravel()
+
+
 class Film:
     """Pixel grid of `height` x `width` pixels, `scale` cm a pixel, centred at (`u0`, `v0`), tilted by `tilt` degrees."""
 
@@ -31,13 +41,13 @@ class Film:
         self.shape = (height, width)
         self.scale = scale
         self.u0, self.v0 = u0, v0
-        self.blur = scale and min(height, width) / 320
+        self.blur = min(height, width) / 320
         self.cos, self.sin = np.cos(np.radians(tilt)), np.sin(np.radians(tilt))
         x = ((np.arange(width, dtype=np.float32) - (width - 1) / 2) * scale)[None, :]
         y = ((np.arange(height, dtype=np.float32) - (height - 1) / 2) * scale)[:, None]
         self.u = (x * self.cos + y * self.sin + u0).astype(np.float32)
         self.v = (-x * self.sin + y * self.cos + v0).astype(np.float32)
-        self._layers = [np.zeros(height * width) for _ in BLURS]
+        self._points: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[] for _ in BLURS]
         # Functions of v alone are tables: one gather costs a tenth of an interpolation.
         self._grid = np.arange(-40.0, 40.0, 0.02)
         self._iv = np.clip((self.v + 40.0) / 0.02, 0, len(self._grid) - 1).astype(np.int32)
@@ -55,7 +65,7 @@ class Film:
         table = np.interp(self._grid, knots, values)
         return ndimage.uniform_filter1d(ndimage.uniform_filter1d(table, 41, mode="nearest"), 41, mode="nearest").astype(np.float32)
 
-    def pixels(self, u: np.ndarray, v: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def pixels(self, u: Any, v: Any) -> tuple[Any, Any]:
         """Patient coordinates to (column, row), fractional."""
         du, dv = u - self.u0, v - self.v0
         x = (du * self.cos - dv * self.sin) / self.scale + (self.shape[1] - 1) / 2
@@ -63,32 +73,39 @@ class Film:
         return x, y
 
     def splat(self, layer: int, u: np.ndarray, v: np.ndarray, volume: np.ndarray | float) -> None:
-        """Puts point masses on a layer, shared among the four nearest pixels.
+        """Puts point masses on a layer.
 
         Args:
             layer: index in `BLURS`.
-            u, v: positions in cm, any equal shapes.
+            u, v: positions in cm, of shapes that broadcast.
             volume: water-equivalent volume of each point, cm^3 (cross-section area times step of a tube).
         """
-        x, y = self.pixels(np.ravel(u), np.ravel(v))
-        mass = np.broadcast_to(volume, np.shape(u)).ravel() / self.scale**2
+        shape = np.broadcast_shapes(np.shape(u), np.shape(v))
+        points = self._points[layer]
+        points.append((_flat(u, shape), _flat(v, shape), _flat(volume, shape)))
+
+    def _image(self, layer: int) -> np.ndarray:
+        u, v, mass = (np.concatenate(parts) for parts in zip(*self._points[layer], strict=True))
+        x, y = self.pixels(u, v)
         h, w = self.shape
-        keep = (x >= 0) & (y >= 0) & (x < w - 1) & (y < h - 1)
-        x, y, mass = x[keep], y[keep], mass[keep]
-        column, row = x.astype(np.int64), y.astype(np.int64)
-        fx, fy = x - column, y - row
-        index = row * w + column
-        flat = self._layers[layer]
-        corners = ((0, (1 - fx) * (1 - fy)), (1, fx * (1 - fy)), (w, (1 - fx) * fy), (w + 1, fx * fy))
-        for offset, share in corners:
-            flat += np.bincount(index + offset, weights=mass * share, minlength=h * w)
+        # The sharpest layer is collected on a grid twice as fine: a quarter of a pixel is below its blur.
+        fine = 2 if layer == 0 else 1
+        column, row = ((x + np.float32(0.5)) * fine).astype(np.int64), ((y + np.float32(0.5)) * fine).astype(np.int64)
+        keep = (column >= 0) & (row >= 0) & (column < fine * w) & (row < fine * h)
+        index = row[keep] * (fine * w) + column[keep]
+        flat = np.bincount(index, weights=mass[keep], minlength=h * w * fine * fine)
+        if fine == 2:
+            rows = flat.reshape(h, 2, 2 * w)
+            summed = rows[:, 0] + rows[:, 1]
+            flat = summed[:, 0::2] + summed[:, 1::2]
+        return (flat.reshape(h, w) / self.scale**2).astype(np.float32)
 
     def fine(self) -> np.ndarray:
         """The splatted structures as water-equivalent thickness in cm, float32 [H, W]."""
         total = np.zeros(self.shape, np.float32)
-        for sigma, layer in zip(BLURS, self._layers, strict=True):
-            if layer.any():
-                total += ndimage.gaussian_filter(layer.reshape(self.shape).astype(np.float32), sigma * self.blur, truncate=2.5)
+        for layer, sigma in enumerate(BLURS):
+            if self._points[layer]:
+                total += ndimage.gaussian_filter(self._image(layer), sigma * self.blur, truncate=2.5)
         return total
 
 
@@ -109,25 +126,31 @@ def steps(points: np.ndarray) -> np.ndarray:
     return np.hypot(*np.gradient(points, axis=0).T)
 
 
-def ellipse_chord(u: np.ndarray, v: np.ndarray, centre: tuple[float, float], axes: tuple[float, float, float], angle: float = 0.0) -> np.ndarray:
-    """Thickness in cm of an ellipsoid seen along its third axis.
+def ellipse_chord(film: Film, centre: tuple[float, float], axes: tuple[float, float, float], angle: float = 0.0) -> np.ndarray:
+    """Thickness in cm of an ellipsoid seen along its third axis, float32 [H, W].
 
     Args:
-        u, v: grid.
+        film: the grid.
         centre: in cm.
         axes: semi-axes along u, v (before turning) and depth.
         angle: turn in degrees, clockwise on the image.
     """
-    c, s = np.cos(np.radians(angle)), np.sin(np.radians(angle))
-    du, dv = u - np.float32(centre[0]), v - np.float32(centre[1])
-    a = (du * np.float32(c) + dv * np.float32(s)) / np.float32(axes[0])
-    b = (dv * np.float32(c) - du * np.float32(s)) / np.float32(axes[1])
-    return np.asarray(np.float32(2 * axes[2]) * np.sqrt(np.maximum(1 - a * a - b * b, 0)))
+    chord = np.zeros(film.shape, np.float32)
+    x, y = film.pixels(np.float64(centre[0]), np.float64(centre[1]))
+    reach = max(axes[0], axes[1]) / film.scale + 2
+    box = (slice(max(int(y - reach), 0), max(int(y + reach), 0)), slice(max(int(x - reach), 0), max(int(x + reach), 0)))
+    c, s = np.float32(np.cos(np.radians(angle))), np.float32(np.sin(np.radians(angle)))
+    du, dv = film.u[box] - np.float32(centre[0]), film.v[box] - np.float32(centre[1])
+    a = (du * c + dv * s) / np.float32(axes[0])
+    b = (dv * c - du * s) / np.float32(axes[1])
+    chord[box] = np.float32(2 * axes[2]) * np.sqrt(np.maximum(1 - a * a - b * b, 0))
+    return chord
 
 
 def ramp(x: np.ndarray, width: float) -> np.ndarray:
     """A smooth step from 0 to 1 around x = 0, float32; `width` is the distance from 12 % to 88 %, about."""
-    return np.asarray(0.5 + 0.5 * np.tanh(x * np.float32(2.0 / width)))
+    t = np.clip(x * np.float32(0.72 / width) + np.float32(0.5), 0, 1)
+    return np.asarray(t * t * (3 - 2 * t))
 
 
 def develop(thickness: np.ndarray, rng: np.random.Generator, noise: float, centre: float, latitude: float) -> np.ndarray:
@@ -149,12 +172,15 @@ def develop(thickness: np.ndarray, rng: np.random.Generator, noise: float, centr
     blurred = ndimage.gaussian_filter(np.asarray(small), 2.0)
     scatter = np.asarray(Image.fromarray(blurred).resize((w, h), Image.Resampling.BICUBIC))
     # An anti-scatter grid leaves scatter of about a third of the primary signal.
-    signal = primary + np.float32(0.3) * np.maximum(scatter, 0)
+    signal = primary + np.float32(0.25) * np.maximum(scatter, 0)
     if noise > 0:
         grain = rng.standard_normal(thickness.shape, dtype=np.float32)
-        signal *= 1 + np.float32(0.0035 * noise) / np.sqrt(signal + np.float32(1e-3)) * grain
+        signal *= 1 + np.float32(0.0028 * noise) / np.sqrt(signal + np.float32(1e-3)) * grain
     density = np.log(np.maximum(signal, np.float32(1e-5))) / np.float32(-MU)
-    reference = centre - np.log(1.3) / MU
-    t = (density - np.float32(reference)) / np.float32(latitude)
+    reference = centre - np.log(1.25) / MU
+    # Digital systems flatten the broad differences so that lungs and mediastinum fit on one film.
+    broad = Image.fromarray(density).resize((max(2, w // 10), max(2, h // 10)), Image.Resampling.BOX)
+    broad = Image.fromarray(ndimage.gaussian_filter(np.asarray(broad), 2.2)).resize((w, h), Image.Resampling.BICUBIC)
+    t = (density - np.float32(reference) - np.float32(FLATTEN) * (np.asarray(broad) - np.float32(reference))) / np.float32(latitude)
     grey = 1 / (1 + np.exp(np.float32(-3.6) * t))
     return np.asarray(np.clip(grey * 255 + 0.5, 0, 255).astype(np.uint8))

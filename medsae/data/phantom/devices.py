@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw
 
 from medsae.data.phantom.canvas import curve, steps
 from medsae.data.phantom.frontal import SIGN, Scene
+from medsae.data.phantom.model import Phantom
 
 
 def wire(scene: Scene, points: list[tuple[float, float]], metal: float, layer: int = 0) -> np.ndarray:
@@ -42,14 +43,14 @@ def central_line(scene: Scene, rng: np.random.Generator) -> None:
     else:
         start = [(s * 17.5, -2.0), (s * rng.uniform(13, 15), -7.5), (s * 7.5, -8.9), (s * 3.6, -8.2)]
     crossing = [(0.5, -6.4)] if s > 0 else []
-    wire(scene, [*start, *crossing, (cava, -4.2), (cava - 0.1, -1.0), (cava, tip)], 0.085)
+    wire(scene, [*start, *crossing, (cava, -4.2), (cava - 0.1, -1.0), (cava, tip)], 0.34)
 
 
 def endotracheal_tube(scene: Scene, rng: np.random.Generator) -> None:
     """A tube in the trachea: two pale walls, a radiopaque stripe, its tip above the carina."""
     middle = scene.shift * 0.9 + 2.0 * scene.yaw
     tip = rng.uniform(-4.6, -2.4)
-    for offset, metal in ((-0.42, 0.022), (0.42, 0.022), (0.20, 0.075)):
+    for offset, metal in ((-0.42, 0.10), (0.42, 0.10), (0.20, 0.28)):
         wire(scene, [(0.3 + offset, -19.0), (0.1 + offset, -13.0), (0.4 * middle + offset, -7.5), (0.8 * middle + offset, tip)], metal)
 
 
@@ -69,8 +70,8 @@ def pacemaker(scene: Scene) -> np.ndarray:
     cava = -1.6 + scene.shift
     loop = [(cu - s * 1.2, cv - 2.2), (cu + s * 1.0, cv - 3.4), (s * 6.0, -8.6), (s * 2.6, -7.6)]
     bridge = [(0.6, -5.8)] if s > 0 else []
-    wire(scene, [*loop, *bridge, (cava, -3.0), (cava - 0.5, hy - 1.0), (hx - 0.2 * ax, hy + 0.62 * ay), (hx + 0.55 * ax, hy + 0.74 * ay)], 0.15)
-    wire(scene, [*loop, *bridge, (cava + 0.2, -3.2), (cava - 0.3, hy - 1.5), (hx - 0.75 * ax, hy - 0.3 * ay), (hx - 0.55 * ax, hy - 0.75 * ay)], 0.13)
+    wire(scene, [*loop, *bridge, (cava, -3.0), (cava - 0.5, hy - 1.0), (hx - 0.2 * ax, hy + 0.62 * ay), (hx + 0.55 * ax, hy + 0.74 * ay)], 0.42)
+    wire(scene, [*loop, *bridge, (cava + 0.2, -3.2), (cava - 0.3, hy - 1.5), (hx - 0.75 * ax, hy - 0.3 * ay), (hx - 0.55 * ax, hy - 0.75 * ay)], 0.36)
     return np.asarray(box, np.float32)
 
 
@@ -97,14 +98,14 @@ def ecg_leads(scene: Scene) -> np.ndarray:
                 (0.5 * (u + ends[0]) + bend[1, 0], 0.5 * (v + ends[1]) + bend[1, 1]),
                 ends,
             ],
-            0.055,
+            0.24,
         )
     return solid
 
 
-def marker(scene: Scene, grey: np.ndarray) -> np.ndarray:
+def marker(phantom: Phantom, grey: np.ndarray) -> np.ndarray:
     """Lead letters in the upper corner, burnt into the grey image."""
-    c = scene.phantom.capture
+    c = phantom.capture
     if not c.marker:
         return grey
     image = Image.fromarray(grey)

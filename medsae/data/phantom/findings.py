@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from medsae.data.phantom.canvas import curve, noise_field, ramp
-from medsae.data.phantom.frontal import SIGN, Scene, rib_path
+from medsae.data.phantom.frontal import SIGN, Scene, rib_paths
 from medsae.data.phantom.model import SIDES
 
 
@@ -14,10 +14,14 @@ def _stream(scene: Scene, kind: int, side: str = "left") -> np.random.Generator:
     return np.random.default_rng([scene.phantom.anatomy.seed, 10 + kind, SIDES.index(side)])
 
 
-def plant(scene: Scene) -> dict[str, np.ndarray]:
-    """Changes the lungs' air and density in place; returns where vessels show (0 to 1 on the grid), a side each."""
-    assert scene.air is not None
-    keep = {side: np.minimum(scene.air[side] / np.float32(1.5), 1) for side in SIDES}
+def _fill(scene: Scene, share: np.ndarray, side: str | None = None) -> None:
+    """Replaces a share (0 to 1 on the grid) of what air is left in the lung by tissue or fluid."""
+    scene.density += (share if side is None else share * scene.half[side]) * (1 - scene.density)
+
+
+def plant(scene: Scene) -> np.ndarray:
+    """Changes the lungs' air and density in place; returns where vessels show (0 to 1 on the grid)."""
+    keep = np.minimum(scene.air / np.float32(1.5), 1)
     edema(scene)
     for side in SIDES:
         consolidation(scene, side)
@@ -36,20 +40,17 @@ def edema(scene: Scene) -> None:
     film, rng = scene.film, _stream(scene, 0)
     cloud = noise_field(rng, film.shape, 16)
     fine = noise_field(rng, film.shape, 70)
-    assert scene.density is not None and scene.air is not None and scene.lateral is not None
+    du, dv = (np.abs(film.u) - 4.4) / 4.6, (film.v - 2.6) / 6.2
+    wings = np.exp(-(du * du + dv * dv)) + np.float32(0.22)
+    haze = np.float32(0.62 * severity) * wings * (1 + 0.22 * cloud + 0.13 * fine)
+    _fill(scene, np.clip(haze, 0, 0.7))
     for side in SIDES:
-        du = (film.u * np.float32(SIGN[side]) - 4.4) / 4.6
-        dv = (film.v - 2.6) / 6.2
-        wings = np.exp(-(du * du + dv * dv)) + np.float32(0.22)
-        haze = np.float32(0.62 * severity) * wings * (1 + 0.30 * cloud + 0.34 * fine)
-        density = scene.density[side]
-        density += np.clip(haze, 0, 0.7) * (1 - density)
         lines = rng.uniform(0, 1, (round(4 + 12 * severity), 3))
         for a, b, c in lines:
             v = 2.5 + a * (scene.dome[side] - 1.5)
             edge = np.interp(v, [0, 4, 8, 12], [12.2, 13.2, 13.4, 13.0]) * scene.width - 0.35 - 0.2 * b
             u = SIGN[side] * np.linspace(edge - 1.0 - 0.9 * c, edge, 30)
-            film.splat(0, u, v + 0.1 * np.linspace(-1, 1, 30) * (b - 0.5), 0.0045 * (0.5 + severity))
+            film.splat(0, u, v + 0.1 * np.linspace(-1, 1, 30) * (b - 0.5), 0.010 * (0.5 + severity))
 
 
 def consolidation(scene: Scene, side: str) -> None:
@@ -58,7 +59,6 @@ def consolidation(scene: Scene, side: str) -> None:
     if severity == 0:
         return
     film, rng = scene.film, _stream(scene, 1, side)
-    assert scene.density is not None
     upper = scene.phantom.anatomy.consolidation_zone == "upper"
     cu = SIGN[side] * rng.uniform(6.2, 8.2) * scene.width
     cv = (rng.uniform(-6.5, -4.5) if upper else rng.uniform(5.0, 6.6)) * scene.height
@@ -66,7 +66,7 @@ def consolidation(scene: Scene, side: str) -> None:
     distance = np.sqrt(np.square((film.u - cu) / ru) + np.square((film.v - cv) / rv))
     distance += np.float32(0.22) * noise_field(rng, film.shape, 14) + np.float32(0.10) * noise_field(rng, film.shape, 36)
     patch = ramp(1 - distance, 0.55) * np.float32(0.42 + 0.48 * severity)
-    scene.density[side] += patch * (1 - scene.density[side])
+    _fill(scene, patch, side)
     # Bronchi stay filled with air: dark branches inside the patch.
     for _ in range(5):
         angle = rng.normal(0, 0.55)
@@ -74,7 +74,7 @@ def consolidation(scene: Scene, side: str) -> None:
         t = np.linspace(0, 1.5 * ru, 60)
         u = start[0] + SIGN[side] * t * np.cos(angle)
         v = start[1] + t * np.sin(angle) + 0.12 * np.sin(2 * t + angle)
-        film.splat(0, u, v, -0.0095 * (0.4 + severity))
+        film.splat(0, u, v, -0.014 * (0.4 + severity))
 
 
 def atelectasis(scene: Scene, side: str) -> None:
@@ -83,7 +83,6 @@ def atelectasis(scene: Scene, side: str) -> None:
     if severity == 0:
         return
     film, rng = scene.film, _stream(scene, 2, side)
-    assert scene.density is not None
     for k in range(1 + round(2.4 * severity)):
         v = scene.dome[side] - 1.4 - 1.6 * k - rng.uniform(0, 0.6)
         u = SIGN[side] * np.linspace(rng.uniform(4.2, 6.0), rng.uniform(9.5, 11.3) * scene.width, 160)
@@ -94,7 +93,7 @@ def atelectasis(scene: Scene, side: str) -> None:
         film.splat(0, u, line, 0.012 * (0.45 + 0.75 * severity) * taper)
     base = np.exp(-np.square((film.v - np.float32(scene.dome[side] + 0.5)) / np.float32(2.6)))
     base *= np.exp(-np.square((film.u * np.float32(SIGN[side]) - 6) / np.float32(5)))
-    scene.density[side] += np.float32(0.34 * severity) * base * (1 - scene.density[side])
+    _fill(scene, np.float32(0.34 * severity) * base, side)
 
 
 def nodule(scene: Scene, side: str) -> None:
@@ -108,12 +107,11 @@ def nodule(scene: Scene, side: str) -> None:
     edge = np.interp(v, [-10, -7, -4, 0, 4, 14], [7.0, 8.7, 10.5, 12.0, 13.2, 13.0]) * scene.width
     u = SIGN[side] * (5.0 + a.nodule_lateral * (edge - 6.2 - radius))
     film = scene.film
-    assert scene.air is not None and scene.density is not None
     du, dv = film.u - np.float32(u), film.v - np.float32(v)
     wobble = 1 + 0.07 * np.sin(3 * np.arctan2(dv, du) + rng.uniform(0, 6))
     depth = 2 * np.sqrt(np.maximum(np.float32(radius) ** 2 - (du * du + dv * dv) * wobble, 0))
-    share = np.minimum(1.15 * depth / np.maximum(scene.air[side], 2.0), 0.95)
-    scene.density[side] += share * (1 - scene.density[side])
+    share = np.minimum(1.35 * depth / np.maximum(scene.air, 2.0), 0.95)
+    _fill(scene, share, side)
 
 
 def effusion(scene: Scene, side: str) -> None:
@@ -122,7 +120,6 @@ def effusion(scene: Scene, side: str) -> None:
     if severity == 0:
         return
     film = scene.film
-    assert scene.density is not None and scene.lateral is not None and scene.air is not None
     across = film.u * np.float32(SIGN[side]) / np.maximum(scene.lateral, 1)
     rim = np.clip(across, 0, 1)
     rim2 = rim * rim
@@ -134,22 +131,21 @@ def effusion(scene: Scene, side: str) -> None:
     share = ramp(depth, 1.3) * np.float32(0.93)
     # Fluid behind the lung veils what lies above the level.
     share = np.maximum(share, np.float32(0.22 * severity) * np.exp(np.minimum(depth / np.float32(5.0), 0)))
-    scene.density[side] += share * (1 - scene.density[side])
+    _fill(scene, share, side)
 
 
-def pneumothorax(scene: Scene, side: str, keep: dict[str, np.ndarray]) -> None:
+def pneumothorax(scene: Scene, side: str, keep: np.ndarray) -> None:
     """Air between lung and chest wall: a thin pleural line, beyond it no vessels and a darker field."""
     severity = scene.phantom.findings.side("pneumothorax", side)
     if severity == 0:
         return
     film = scene.film
-    assert scene.density is not None and scene.lateral is not None
-    top = -12.6 * scene.height
+    top = -11.9 * scene.height
     apex = top + 0.9 + 6.5 * severity
     base = scene.dome[side] + 4.0
     v = np.linspace(apex, base - 0.3, 300)
     outside = np.interp(
-        v, [top, -10.7, -7.2, -4.2, -1.5, 1.1, 3.5, 5.8, 8.1, 10.4, 14], [4.8, 5.5, 8.7, 10.5, 11.8, 12.6, 13.2, 13.5, 13.6, 13.5, 13.0]
+        v, [top, -10.7, -7.2, -4.2, -1.5, 1.1, 3.5, 5.8, 8.1, 10.4, 14], [4.8, 6.4, 9.5, 11.2, 12.3, 12.9, 13.3, 13.5, 13.5, 13.3, 13.0]
     )
     outside = outside * scene.width
     fall = (v - apex) / (base - apex)
@@ -157,15 +153,16 @@ def pneumothorax(scene: Scene, side: str, keep: dict[str, np.ndarray]) -> None:
     edge = 4.4 + (np.maximum(outside - gap, 4.6) - 4.4) * np.sqrt(np.clip(fall * 6, 0, 1) * (2 - np.clip(fall * 6, 0, 1)))
     inner = film.along_v(v, edge)
     across = film.u * np.float32(SIGN[side])
-    free = np.maximum(ramp(across - inner, 0.18), ramp(np.float32(apex) - film.v, 0.18))
+    free = np.maximum(ramp(across - inner, 0.18), ramp(np.float32(apex) + np.float32(0.30) * np.maximum(np.float32(4.4) - across, 0) - film.v, 0.18))
     collapsed = 0.27 + 0.22 * severity
-    scene.density[side] = scene.density[side] * (1 - free) + np.float32(0.02) * free
-    scene.density[side] += np.float32(collapsed - 0.27) * (1 - free) * (1 - scene.density[side])
-    keep[side] = keep[side] * (1 - free)
-    start = np.stack([np.linspace(3.0, edge[2], 40), np.full(40, apex)], 1)
+    free *= scene.half[side]
+    _fill(scene, np.float32(collapsed - 0.27) * (1 - free), side)
+    scene.density += (np.float32(0.02) - scene.density) * free
+    keep *= 1 - free
+    start = np.stack([np.linspace(2.6, 4.4, 40), apex + 0.30 * np.linspace(1.8, 0.0, 40)], 1)
     path = np.vstack([start, np.stack([edge, v], 1)])
     line = curve([tuple(p) for p in path[::12]], 0.05)
-    film.splat(0, SIGN[side] * line[:, 0], line[:, 1], 0.0042)
+    film.splat(0, SIGN[side] * line[:, 0], line[:, 1], 0.0085)
 
 
 def region(scene: Scene, finding: str) -> np.ndarray:
@@ -184,6 +181,6 @@ def region(scene: Scene, finding: str) -> np.ndarray:
     if name == "mediastinum":
         mask &= (film.v < 4) & (np.abs(film.u) < 6)
     if name == "fracture":
-        path = np.concatenate([rib_path(scene, r, side)[:, :2] for r in range(scene.phantom.anatomy.fracture_rib, 10)])
+        path = rib_paths(scene, side)[scene.phantom.anatomy.fracture_rib :].reshape(-1, 3)
         mask &= (film.v > path[:, 1].min() - 1) & (film.u * SIGN[side] > 5)
     return mask

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -12,10 +13,14 @@ from medsae.data.phantom.model import SIDES, Phantom
 SIGN = {"left": 1.0, "right": -1.0}
 """Direction of a side on the image."""
 
-RIB_WIDTH = (5.5, 8.7, 10.5, 11.8, 12.6, 13.2, 13.5, 13.6, 13.5, 13.1)
+RIB_WIDTH = (6.6, 9.6, 11.3, 12.3, 12.9, 13.3, 13.5, 13.5, 13.3, 12.9)
 """Half width of the rib cage at ribs 1 to 10, cm."""
-RIB_DROP = (3.5, 6.0, 7.5, 8.2, 8.8, 9.0, 9.0, 9.0, 8.6, 8.0)
+RIB_DROP = (3.2, 5.0, 6.6, 7.6, 8.4, 8.8, 9.0, 9.0, 8.6, 8.0)
 """How far a rib descends from spine to sternum, cm."""
+
+
+RIB_ANGLES = np.radians(np.linspace(10.0, 142.0, 320))
+"""Angle around the chest of the samples of a rib, 0 at the spine."""
 
 
 @dataclass
@@ -36,28 +41,33 @@ class Scene:
     heart_axes: tuple[float, float, float]
     shift: float
     """Shift of the mediastinum by one-sided pressure or volume loss, cm."""
-    body: np.ndarray | None = None
-    air: dict[str, np.ndarray] | None = None
-    density: dict[str, np.ndarray] | None = None
-    lateral: np.ndarray | None = None
-    """Half width of the inside of the rib cage on the grid, cm."""
+    body: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Thickness of the whole body, cm."""
+    air: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Thickness of lung, cm."""
+    density: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Density of lung relative to water; findings fill it."""
+    lateral: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    """Half width of the inside of the rib cage, cm."""
+    half: dict[str, np.ndarray] = field(default_factory=dict)
+    """1 on a side of the patient, 0 on the other."""
 
-    def x(self, u: float | np.ndarray, depth: float = 0.0) -> float | np.ndarray:
-        """Horizontal position of something at `depth` cm in front of the body's axis, turned with the patient."""
+    def x(self, u: Any, depth: Any = 0.0) -> Any:
+        """Horizontal position (float or array) of something at `depth` cm in front of the body's axis, turned with the patient."""
         return u + depth * self.yaw
 
 
-def rib_path(scene: Scene, rib: int, side: str, start: float = 10.0, end: float = 142.0) -> np.ndarray:
-    """Centre line of a rib, [n, 3]: u, v, length that the sample stands for in space (so that tangential parts are bright)."""
-    theta = np.radians(np.linspace(start, end, 260))
-    a = (RIB_WIDTH[rib] * scene.width + 0.35) * (1.02 if scene.phantom.anatomy.habitus > 0.5 else 1.0)
-    top = (-12.6 + 2.32 * rib) * scene.height
+def rib_paths(scene: Scene, side: str) -> np.ndarray:
+    """Centre lines of ribs 1 to 10, [10, n, 3]: u, v, and the length in space of a sample (tangential parts of a rib are bright)."""
+    theta = RIB_ANGLES[None, :]
+    a = np.array(RIB_WIDTH)[:, None] * scene.width + 0.35
+    top = (-11.9 + 2.28 * np.arange(10)[:, None]) * scene.height
+    drop = np.array(RIB_DROP)[:, None] * scene.height * (1.06 - 0.12 * scene.phantom.capture.inspiration)
     x = SIGN[side] * a * np.sin(theta) ** 0.92
-    depth = -8.5 * np.cos(theta)
-    drop = RIB_DROP[rib] * scene.height * (1.06 - 0.12 * scene.phantom.capture.inspiration)
+    depth = -8.5 * np.cos(theta) * np.ones_like(x)
     y = top + drop * (1 - np.cos(theta)) / 2 - 0.5 * np.sin(2 * theta) * (theta < np.pi / 2)
-    space = np.sqrt(np.gradient(x) ** 2 + np.gradient(y) ** 2 + np.gradient(depth) ** 2)
-    return np.stack([scene.x(x, depth), y, space], 1)
+    dx, dy, dz = (np.gradient(q, axis=1) for q in (x, y, depth))
+    return np.stack([scene.x(x, depth), y, np.sqrt(dx * dx + dy * dy + dz * dz)], 2)
 
 
 def begin(film: Film, phantom: Phantom) -> Scene:
@@ -115,7 +125,7 @@ def body(scene: Scene) -> None:
     if a.breast > 0:
         for sign in (-1.0, 1.0):
             centre = (sign * (8.0 + 0.8 * a.habitus) * scene.width + 9 * scene.yaw, 5.2 + 0.8 * a.habitus)
-            chord = ellipse_chord(u, v, centre, (6.3, 6.0, a.breast), 0)
+            chord = ellipse_chord(film, centre, (6.3, 6.0, a.breast), 0)
             thickness += chord * ramp(v - np.float32(centre[1] - 4.5), 7.0)
     # Turning the patient brings one side nearer to the film: it looks darker.
     thickness *= 1 + np.float32(0.45 * scene.yaw) * np.clip(u / np.float32(16), -1, 1)
@@ -126,8 +136,8 @@ def lungs(scene: Scene) -> None:
     """The air of each lung as thickness in cm, bounded by ribs, mediastinum and diaphragm."""
     film = scene.film
     u, v = film.u, film.v
-    rib_v = [(-12.6 + 2.32 * i) * scene.height + RIB_DROP[i] * scene.height / 2 for i in range(10)]
-    top = -12.7 * scene.height
+    rib_v = [(-11.9 + 2.28 * i) * scene.height + RIB_DROP[i] * scene.height / 2 for i in range(10)]
+    top = -12.0 * scene.height
     lateral = film.along_v([top - 0.6, top, top + 0.6, *rib_v, 26], [3.2, 4.8, 5.6, *(np.array(RIB_WIDTH) * scene.width), 12.6 * scene.width])
     # The apex is round: near the top the field narrows around u = 4.4.
     s = np.clip((v - np.float32(top)) / np.float32(3.6), 0, 1)
@@ -140,41 +150,40 @@ def lungs(scene: Scene) -> None:
     left_edge = film.along_v([-14, -9, -5, -3, -1, 1.5, 4, 20], [1.6, 2.2 * wide, 2.5 * wide, 2.7 * wide, 2.4 * wide, 2.2, 1.7, 1.5])
     right_edge = film.along_v([-14, -9, -5, -1, 2, 5, 20], [1.6, 2.1 * wide, 2.5 * wide, 2.3 * wide, 2.0, 1.6, 1.4])
     depth = np.float32(8.6) * cap
-    scene.air, scene.density = {}, {}
     medial_shift = centre + np.float32(3.0 * scene.yaw)
-    for side in SIDES:
-        sign = np.float32(SIGN[side])
-        across = u * sign
-        inner = (left_edge if side == "left" else right_edge) + medial_shift * sign
-        inner = np.float32(4.3) + (inner - np.float32(4.3)) * np.sqrt(cap)
-        relative = np.clip(across / np.maximum(outer, 0.5), 0, 1)
-        squared = relative * relative
-        chord = 2 * depth * np.sqrt(np.maximum(1 - squared * squared, 0))
-        chord *= ramp(across - inner, 0.28)
-        dome = scene.dome[side]
-        # The dome is a cap that falls off toward the ribs: its rim makes the costophrenic angle.
-        reach = (across - np.float32(5.2)) / np.float32(8.3 * scene.width)
-        level = np.float32(dome) + np.float32(4.0) * reach * reach * (0.72 + 0.28 * reach)
-        below = v - level
-        chord *= ramp(-below, 0.22) + np.float32(0.10) * np.exp(np.minimum(-below / np.float32(1.5), 0)) * (below > 0)
-        chord = np.maximum(chord - heart, 0)
-        scene.air[side] = chord * (v > top)
-        scene.density[side] = np.full(film.shape, np.float32(0.27))
+    # The lungs lie on either side of u = 0, so both are drawn at once on |u|.
+    is_left = u > 0
+    scene.half = {"left": is_left.astype(np.float32), "right": (~is_left).astype(np.float32)}
+    across = np.abs(u)
+    inner = np.where(is_left, left_edge + medial_shift, right_edge - medial_shift)
+    inner = np.float32(4.3) + (inner - np.float32(4.3)) * np.sqrt(cap)
+    relative = np.minimum(across / np.maximum(outer, 0.5), 1)
+    squared = relative * relative
+    chord = 2 * depth * np.sqrt(1 - squared * squared)
+    # In front of the mediastinum and behind it the lungs nearly meet.
+    chord = np.maximum(chord - heart, 0) * (np.float32(0.30) + np.float32(0.70) * ramp(across - inner, 0.28))
+    # The dome is a cap that falls off toward the ribs: its rim makes the costophrenic angle.
+    reach = (across - np.float32(5.2)) / np.float32(8.3 * scene.width)
+    dome = np.where(is_left, np.float32(scene.dome["left"]), np.float32(scene.dome["right"]))
+    below = v - dome - np.float32(4.0) * reach * reach * (np.float32(0.72) + np.float32(0.28) * reach)
+    chord *= ramp(-below, 0.22) + np.float32(0.10) * np.exp(np.minimum(below * np.float32(-1 / 1.5), 0)) * (below > 0)
+    scene.air = chord * (v > top)
+    scene.density = np.full(film.shape, np.float32(0.27))
 
 
 def heart_chord(scene: Scene) -> np.ndarray:
     """The heart and the great vessels: thickness of tissue in place of lung, cm."""
-    u, v = scene.film.u, scene.film.v
+    film = scene.film
     cx, cy = scene.heart_centre
     ax, ay, az = scene.heart_axes
     a = scene.phantom.anatomy
-    ventricle = ellipse_chord(u, v, (cx + 0.15 * ax, cy + 0.5), (ax, ay * 0.92, az), 27)
-    atrium = ellipse_chord(u, v, (cx - 0.62 * ax, cy + 0.2), (0.50 * ax, 0.95 * ay, az * 0.9))
-    base = ellipse_chord(u, v, (cx - 0.25 * ax, cy - 0.55 * ay), (0.58 * ax, 0.95 * ay, az * 0.85), 0)
+    ventricle = ellipse_chord(film, (cx + 0.15 * ax, cy + 0.5), (ax, ay * 0.92, az), 27)
+    atrium = ellipse_chord(film, (cx - 0.62 * ax, cy + 0.2), (0.50 * ax, 0.95 * ay, az * 0.9))
+    base = ellipse_chord(film, (cx - 0.25 * ax, cy - 0.55 * ay), (0.58 * ax, 0.95 * ay, az * 0.85), 0)
     wide = 1 + 0.4 * scene.phantom.findings.mediastinum
     knob_size = a.aorta * wide
-    knob = ellipse_chord(u, v, (1.9 * knob_size + scene.shift * 0.8 + 1.0 * scene.yaw, -2.6), (1.75 * knob_size, 1.9 * knob_size, 2.6))
-    trunk = ellipse_chord(u, v, (2.5 + scene.shift * 0.8 + 3 * scene.yaw, 1.2), (1.7, 2.1, 3.0), 15)
+    knob = ellipse_chord(film, (1.9 * knob_size + scene.shift * 0.8 + 1.0 * scene.yaw, -2.6), (1.75 * knob_size, 1.9 * knob_size, 2.6))
+    trunk = ellipse_chord(film, (2.5 + scene.shift * 0.8 + 3 * scene.yaw, 1.2), (1.7, 2.1, 3.0), 15)
     return np.maximum(np.maximum(np.maximum(ventricle, atrium), np.maximum(base, knob)), trunk) * np.float32(1.25)
 
 
@@ -191,14 +200,14 @@ def airways(scene: Scene) -> np.ndarray:
         au, av = u - np.float32(middle - 0.1), v + 0.6
         t = np.clip((au * du + av * dv) / (du * du + dv * dv), 0, 1)
         distance = np.square(au - t * np.float32(du)) + np.square(av - t * np.float32(dv))
-        air = np.maximum(air, np.float32(2.6) * np.sqrt(np.maximum(np.float32(0.36) - distance, 0)))
+        air = np.maximum(air, np.float32(1.6) * np.sqrt(np.maximum(np.float32(0.36) - distance, 0)))
     size, place = rng.uniform(0.6, 1.25), rng.uniform(4.0, 6.5)
     level = scene.dome["left"] + 1.1 + 1.3 * size
-    bubble = ellipse_chord(u, v, (place, level), (2.9 * size, 1.5 * size, 2.2 * size), rng.uniform(-12, 12))
+    bubble = ellipse_chord(film, (place, level), (2.9 * size, 1.5 * size, 2.2 * size), rng.uniform(-12, 12))
     air += bubble * ramp(np.float32(level + 0.6 * size) - v, 0.35)
     for _ in range(3):
         spot = (rng.uniform(-9, 10), scene.dome["left"] + rng.uniform(6, 11))
-        air += np.float32(0.7) * ellipse_chord(u, v, spot, (rng.uniform(1.2, 3), rng.uniform(0.8, 1.4), 1.3), rng.uniform(-40, 40))
+        air += np.float32(0.7) * ellipse_chord(film, spot, (rng.uniform(1.2, 3), rng.uniform(0.8, 1.4), 1.3), rng.uniform(-40, 40))
     return np.asarray(air)
 
 
@@ -217,34 +226,38 @@ def spine(scene: Scene) -> np.ndarray:
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     ring_u = np.concatenate([s * 1.15 + 0.30 * np.cos(angle) for s in (-1, 1)])
     ring_v = np.concatenate([0.45 * np.sin(angle)] * 2)
-    film.splat(0, scene.x(ring_u[None, :], -7.0) + np.zeros((len(rows), 1)), rows[:, None] + ring_v[None, :] - 0.3, 0.012)
+    film.splat(0, scene.x(ring_u[None, :], -7.0) + np.zeros((len(rows), 1)), rows[:, None] + ring_v[None, :] - 0.3, 0.022)
     tip = np.linspace(0, 1, 14)
-    film.splat(0, scene.x(np.zeros((len(rows), 14)), -9.5), rows[:, None] + 0.5 + 0.8 * tip[None, :], 0.018)
+    film.splat(0, scene.x(np.zeros((len(rows), 14)), -9.5), rows[:, None] + 0.5 + 0.8 * tip[None, :], 0.03)
     return np.asarray(bone)
 
 
 def ribs(scene: Scene) -> None:
     """Ribs as hollow tubes turned out of the image plane; breaks are displaced."""
-    offsets = np.linspace(-1, 1, 13)
-    profile = 0.55 * np.sqrt(np.maximum(1 - offsets**2, 0)) + 1.5 * np.exp(-(((np.abs(offsets) - 0.9) / 0.12) ** 2))
+    offsets = np.linspace(-1, 1, 11)
+    profile = 0.55 * np.sqrt(np.maximum(1 - offsets**2, 0)) + 1.5 * np.exp(-(((np.abs(offsets) - 0.9) / 0.15) ** 2))
     profile /= profile.sum()
     f = scene.phantom.findings
     old = 1.0 - 0.004 * max(scene.phantom.anatomy.age - 40, 0)
+    theta = np.degrees(RIB_ANGLES)
+    half = 0.52 + 0.16 * np.clip((theta - 70) / 60, 0, 1)
     for side in SIDES:
         severity = f.side("fracture", side)
         first = scene.phantom.anatomy.fracture_rib
-        broken = range(first, first + (0 if severity == 0 else 1 + round(2 * severity)))
-        for rib in range(10):
-            path = rib_path(scene, rib, side)
-            theta = np.linspace(10, 142, len(path))
-            half = 0.52 + 0.16 * np.clip((theta - 70) / 60, 0, 1) - 0.06 * (rib == 0)
-            normal = np.stack([-np.gradient(path[:, 1]), np.gradient(path[:, 0])], 1)
-            normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
-            centre, area = path[:, :2], 0.52 * old * path[:, 2] * np.clip((150 - theta) / 30, 0.25, 1)
-            if rib in broken:
-                centre, area = fracture(centre, area, theta, normal, severity, 78.0 if rib % 2 else 62.0)
-            points = centre[:, None, :] + normal[:, None, :] * (half[:, None] * offsets[None, :])[:, :, None]
-            scene.film.splat(0, points[..., 0], points[..., 1], area[:, None] * profile[None, :])
+        paths = rib_paths(scene, side)
+        centre, area = paths[..., :2], 1.25 * old * paths[..., 2] * np.clip((150 - theta) / 30, 0.25, 1)
+        normal = normals(centre)
+        for rib in range(first, first + (0 if severity == 0 else 1 + round(2 * severity))):
+            centre[rib], area[rib] = fracture(centre[rib], area[rib], theta, normal[rib], severity, 78.0 if rib % 2 else 62.0)
+        points = centre[:, :, None, :] + normal[:, :, None, :] * (half[:, None] * offsets[None, :])[None, :, :, None]
+        scene.film.splat(0, points[..., 0], points[..., 1], area[..., None] * profile)
+
+
+def normals(path: np.ndarray) -> np.ndarray:
+    """Unit normals of curves [..., n, 2]."""
+    tangent = np.gradient(path, axis=-2)
+    normal = np.stack([-tangent[..., 1], tangent[..., 0]], -1)
+    return np.asarray(normal / (np.linalg.norm(normal, axis=-1, keepdims=True) + 1e-9))
 
 
 def fracture(
@@ -268,38 +281,35 @@ def shoulder_girdle(scene: Scene) -> None:
     for sign in (-1.0, 1.0):
         inner, outer = scene.x(sign * 1.7, 8.0), scene.x(sign * 15.6 * k, 0.0)
         middle = [scene.x(sign * a, d) for a, d in ((5.5, 6.5), (10.5 * k, 3.0))]
-        path = curve([(inner, -8.2), (middle[0], -9.6 + lift), (middle[1], -10.2 + lift), (outer, -10.0 + lift)], 0.07)
-        tube(film, path, np.linspace(0.72, 0.55, len(path)), 0.75)
+        path = curve([(inner, -8.2), (middle[0], -9.6 + lift), (middle[1], -10.2 + lift), (outer, -10.0 + lift)], 0.05)
+        tube(film, path, np.linspace(0.72, 0.55, len(path)), 1.7)
         j = scene.x(sign * 17.2 * k, -2.0)
-        head = np.linspace(0, 2 * np.pi, 160)
+        head = np.linspace(0, 2 * np.pi, 300)
         ring = np.stack([j + 2.3 * np.cos(head), -6.9 + 2.3 * np.sin(head)], 1)
-        film.splat(0, ring[:, 0], ring[:, 1], 0.022)
-        shaft = curve([(j + sign * 0.9, -5.0), (j + sign * 2.4, 2.0), (j + sign * 4.5 + sign * out, 12.0)], 0.07)
-        tube(film, shaft, np.full(len(shaft), 1.15), 1.0)
+        film.splat(0, ring[:, 0], ring[:, 1], 0.027)
+        shaft = curve([(j + sign * 0.9, -5.0), (j + sign * 2.4, 2.0), (j + sign * 4.5 + sign * out, 12.0)], 0.05)
+        tube(film, shaft, np.full(len(shaft), 1.15), 2.6)
         blade_top, blade_low = (sign * (9.2 + out) * k, -7.6), (sign * (11.0 + out) * k, 3.6)
-        border = curve([blade_top, (sign * (9.0 + out) * k, -2.0), blade_low, (sign * (13.0 + out) * k, -1.0), (sign * 15.6 * k, -5.6)], 0.06)
+        border = curve([blade_top, (sign * (9.0 + out) * k, -2.0), blade_low, (sign * (13.0 + out) * k, -1.0), (sign * 15.6 * k, -5.6)], 0.04)
         border[:, 0] = scene.x(border[:, 0], -7.5)
-        film.splat(0, border[:, 0], border[:, 1], 0.011)
+        film.splat(0, border[:, 0], border[:, 1], 0.02)
         spine_line = curve([blade_top, (sign * 13.0 * k, -8.4), (sign * 16.4 * k, -9.4)], 0.06)
-        film.splat(1, spine_line[:, 0], spine_line[:, 1], 0.03)
-        fill = ellipse_chord(film.u, film.v, (scene.x(sign * (12.2 + out) * k, -7.5), -3.6), (2.6, 5.6, 0.2), sign * -14)
-        assert scene.body is not None
+        film.splat(1, spine_line[:, 0], spine_line[:, 1], 0.07)
+        fill = ellipse_chord(film, (scene.x(sign * (12.2 + out) * k, -7.5), -3.6), (2.6, 5.6, 0.2), sign * -14)
         scene.body += fill
-    return None
 
 
 def tube(film: Film, path: np.ndarray, half: np.ndarray, bone: float) -> None:
     """A hollow bone along a path: half width in cm, `bone` water-equivalent cross-section in cm^2."""
-    offsets = np.linspace(-1, 1, 15)
+    offsets = np.linspace(-1, 1, 11)
     profile = 0.5 * np.sqrt(np.maximum(1 - offsets**2, 0)) + 1.4 * np.exp(-(((np.abs(offsets) - 0.9) / 0.13) ** 2))
     profile /= profile.sum()
-    normal = np.stack([-np.gradient(path[:, 1]), np.gradient(path[:, 0])], 1)
-    normal /= np.linalg.norm(normal, axis=1, keepdims=True) + 1e-9
+    normal = normals(path)
     points = path[:, None, :] + normal[:, None, :] * (half[:, None] * offsets[None, :])[:, :, None]
     film.splat(0, points[..., 0], points[..., 1], bone * steps(path)[:, None] * profile[None, :])
 
 
-def vessels(scene: Scene, keep: dict[str, np.ndarray]) -> None:
+def vessels(scene: Scene, keep: np.ndarray) -> None:
     """Pulmonary vessels that branch from the hila; drawn where `keep` (0 to 1 on the grid) lets them."""
     film, f = scene.film, scene.phantom.findings
     middle = scene.shift * 0.8 + 1.0 * scene.yaw
@@ -324,7 +334,7 @@ def vessels(scene: Scene, keep: dict[str, np.ndarray]) -> None:
             x, y = film.pixels(u, v)
             row = np.clip(y, 0, film.shape[0] - 1).astype(np.int64)
             column = np.clip(x, 0, film.shape[1] - 1).astype(np.int64)
-            volume = np.pi * r**2 * step * keep[side][row, column] * 1.15
+            volume = np.pi * r**2 * step * keep[row, column] * 2.3
             film.splat(0 if generation > 1 else 1, u, v, volume)
             if generation == 0:
                 film.splat(2, u, v, volume * 0.9)

@@ -8,7 +8,8 @@ from medsae.data.phantom import frontal
 from medsae.data.phantom.canvas import Film, develop
 from medsae.data.phantom.devices import devices, marker
 from medsae.data.phantom.findings import plant
-from medsae.data.phantom.frontal import SIDES, Scene
+from medsae.data.phantom.frontal import Scene
+from medsae.data.phantom.lateral import lateral_thickness
 from medsae.data.phantom.model import Phantom
 
 
@@ -32,7 +33,6 @@ def render_frontal(phantom: Phantom, size: int) -> np.ndarray:
     """A frontal phantom as uint8 [H, W]."""
     scene = scene_of(phantom, size)
     film, a, c = scene.film, phantom.anatomy, phantom.capture
-    assert scene.body is not None and scene.air is not None and scene.density is not None
     airways = frontal.airways(scene)
     frontal.shoulder_girdle(scene)
     bone = frontal.spine(scene)
@@ -42,16 +42,23 @@ def render_frontal(phantom: Phantom, size: int) -> np.ndarray:
     solid = devices(scene)
     inside = np.minimum(scene.body, 1)
     thickness = scene.body * frontal.texture(scene)
-    lost = airways
-    for side in SIDES:
-        lost = lost + scene.air[side] * (1 - scene.density[side])
+    lost = airways + scene.air * (1 - scene.density)
     thickness = np.maximum(thickness - np.minimum(lost, thickness * np.float32(0.93)), 0)
     thickness += (bone + np.maximum(film.fine(), -1.5)) * np.where(solid > 0, 1, np.maximum(inside, 0.25)) + solid
-    typical = 13.3 + 1.6 * a.habitus + 0.25 * a.breast
+    typical = 12.2 + 1.6 * a.habitus + 0.25 * a.breast
     grey = develop(
-        np.maximum(thickness, 0), np.random.default_rng([c.seed, 33]), c.noise, typical + 3.0 * c.exposure, 9.0 if c.projection == "PA" else 10.0
+        np.maximum(thickness, 0), np.random.default_rng([c.seed, 33]), c.noise, typical + 4.0 * c.exposure, 11.5 if c.projection == "PA" else 12.5
     )
-    return marker(scene, grey)
+    return marker(phantom, grey)
+
+
+def render_lateral(phantom: Phantom, size: int) -> np.ndarray:
+    """A lateral phantom as uint8 [H, W]."""
+    film, a, c = film_of(phantom, size), phantom.anatomy, phantom.capture
+    thickness = lateral_thickness(film, phantom) + np.maximum(film.fine(), -1.5)
+    typical = 17.5 + 2.4 * a.habitus
+    grey = develop(np.maximum(thickness, 0), np.random.default_rng([c.seed, 33]), c.noise, typical + 4.5 * c.exposure, 14.5)
+    return marker(phantom, grey)
 
 
 def render(phantom: Phantom, size: int = 320) -> np.ndarray:
@@ -64,4 +71,4 @@ def render(phantom: Phantom, size: int = 320) -> np.ndarray:
     Returns:
         Grey values, uint8 [H, W]; dense tissue is bright. A pure function of its arguments.
     """
-    return render_frontal(phantom, size)
+    return render_lateral(phantom, size) if phantom.capture.view == "lateral" else render_frontal(phantom, size)
