@@ -21,3 +21,9 @@ class MeasureConfig(Section):
     embeddings judge themselves, and the summary says so."""
     rows: int | None = Field(None, gt=0)
     """Images encoded at once in a task; default: what makes 64 MB of activations."""
+    bootstrap: int = Field(1000, ge=100)
+    """Resamples of the patients behind every interval."""
+    permutations: int = Field(100, ge=0)
+    """Permutations of the labels behind the null of the best of m neurons; 0 leaves it out."""
+    draws: int = Field(500, gt=0)
+    """Random subsets of neurons, as many as the raw features, in the equal-candidate comparison."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -55,7 +56,9 @@ def write_run(folder: Path, n: int = N, parts: int = 5, split: str | None = None
 
 
 def config_for(run: RunDir, **measure: object) -> RunConfig:
-    return validate_config({"run": run.uri, "measure": measure, "sae": [{"name": "standard", "dict_size": 40}]})
+    return validate_config(
+        {"run": run.uri, "measure": {"permutations": 20, "bootstrap": 200, **measure}, "sae": [{"name": "standard", "dict_size": 40}]}
+    )
 
 
 @pytest.fixture
@@ -64,8 +67,12 @@ def features(monkeypatch: pytest.MonkeyPatch) -> LinearFeatures:
     rng = np.random.default_rng(3)
     weight = rng.standard_normal((D, 40))
     made = LinearFeatures(weight, np.full(D, 1.0), 0.05 * weight.T, relu=True)
-    original = measure.reduce_parts
-    monkeypatch.setattr(measure, "reduce_parts", lambda plan, side, name, given: original(plan, side, name, made if name == "standard" else given))
+    original = measure.measure_one
+
+    def with_features(plan: Any, side: Any, images: Any, name: str, given: Any, *rest: Any) -> Any:
+        return original(plan, side, images, name, made if name == "standard" else given, *rest)
+
+    monkeypatch.setattr(measure, "measure_one", with_features)
     return made
 
 
@@ -91,7 +98,8 @@ def test_artifacts_equal_numpy_on_the_whole_matrix(tmp_path: Path, ray_cluster: 
         exemplars = run.read_table(f"measure/{name}/exemplars.parquet").to_pandas()
         top = exemplars[(exemplars.neuron == 3) & (exemplars["rank"] == 0)].iloc[0]
         assert top.image_id == data.column("image_id")[z[:, 3].argmax()]
-    assert set(result.outputs) == {f"measure/{n}/{f}" for n in ("raw", "standard") for f in ("neurons.parquet", "summary.json", "exemplars.parquet")}
+    files = {f"measure/{n}/{f}" for n in ("raw", "standard") for f in ("neurons.parquet", "summary.json", "exemplars.parquet")}
+    assert set(result.outputs) == files | {"measure/headline.json"}
     standard = run.read_json("measure/standard/summary.json")
     residual = data.x - features.decode(features.encode(data.x))
     centred = data.x.astype(np.float64) - data.x.astype(np.float64).mean(0)
