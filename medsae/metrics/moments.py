@@ -21,6 +21,7 @@ class Moments:
 
     Attributes:
         n: images [1], or [T] once any target was missing: a target has its own n.
+        origin: a value of each neuron [m, 1]; `mean` is relative to it, so that its rounding error is that of the spread, not of the offset.
         mean, m2: of the activations over the images that the target has [m, 1] or [m, T]; `m2` is the sum of squares about the mean.
         mean_y, m2_y: of the targets [T].
         co: sum over images of (a - mean a)(y - mean y) [m, T].
@@ -29,6 +30,7 @@ class Moments:
 
     def __init__(self, neurons: int, targets: int) -> None:
         self.n = np.zeros(1)
+        self.origin = np.zeros((neurons, 1))
         self.mean = np.zeros((neurons, 1))
         self.m2 = np.zeros((neurons, 1))
         self.mean_y = np.zeros(targets)
@@ -48,10 +50,12 @@ class Moments:
 
     def merge(self, other: Moments) -> Moments:
         """Adds another state's images to this one, in place; returns self."""
+        if not self.n.any():
+            self.origin = other.origin
         n = self.n + other.n
         safe = np.where(n > 0, n, 1.0)
         both = self.n * other.n / safe
-        delta = other.mean - self.mean
+        delta = other.mean - self.mean + (other.origin - self.origin)
         delta_y = other.mean_y - self.mean_y
         self.co += other.co
         self.co += (delta * both) * delta_y
@@ -72,6 +76,7 @@ class Moments:
         out.mean = self.mean[:, targets] if wide else self.mean.copy()
         out.m2 = self.m2[:, targets] if wide else self.m2.copy()
         out.mean_y, out.m2_y, out.co = self.mean_y[targets], self.m2_y[targets], self.co[:, targets]
+        out.origin = self.origin.copy()
         out.scale, out.scale_y = self.scale.copy(), self.scale_y[targets]
         return out
 
@@ -128,7 +133,8 @@ def _dense(out: Moments, index: np.ndarray, block: np.ndarray, mask: np.ndarray,
     centred = block - block[0]
     middle = centred.mean(0)
     centred -= middle
-    mean = (block[0] + middle)[:, None]
+    out.origin[index, 0] = block[0]
+    mean = middle[:, None]
     if complete:
         out.mean[index] = mean
         out.m2[index] = np.einsum("ij,ij->j", centred, centred)[:, None]

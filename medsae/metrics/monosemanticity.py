@@ -81,7 +81,7 @@ class Monosemanticity:
         n = float(state.n[0])
         if n < 2:
             return MonosemanticityResult(np.full(len(self.low), np.nan), float("nan"), int(n))
-        above = state.mean[:, 0] - self.low
+        above = (state.origin[:, 0] - self.low) + state.mean[:, 0]
         total = n * above
         square = state.m2[:, 0] + n * above**2
         # ||co + total * mean_e||^2 without a second [m, D] array
