@@ -10,25 +10,35 @@ from medsae.settings import Section
 class NameConfig(Section):
     """Who names the neurons, and which."""
 
-    namer: Literal["label", "medgemma"] = "label"
-    """`label`: the best-correlated label with its figures. `medgemma`: the naming service."""
+    namer: Literal["label", "vocabulary", "medgemma"] = "label"
+    """`label`: the best-correlated label with its figures. `vocabulary`: the term whose text embedding is nearest to the neuron's direction.
+    `medgemma`: the naming service."""
+    select: Literal["alive", "active", "all"] = "alive"
+    """Neurons to name: those above `measure.alive_correlation`, those that are not dead, or all."""
+    neurons: int | None = Field(None, gt=0)
+    """Name at most this many neurons, strongest correlation first; default all selected."""
+    vocabulary: str = "auto"
+    """Terms of the `vocabulary` namer: `chest`, a file, or `auto` (the encoder's own concepts where it has any, else `chest`)."""
     model: str = "google/medgemma-4b-it"
     """Model directory or hub id behind the naming service."""
     url: str | None = None
     """Base URL of a running naming service; without one the stage starts its own and stops it."""
     api_key_env: str = "MEDSAE_API_KEY"
     """Environment variable that holds the service's API key, where it asks for one."""
+    recipe: Literal["quantile", "top", "paper", "contrast"] = "quantile"
+    """Images that name a neuron, of the naming half of the patients. `quantile`: spread over the ranks of the activating images, with their strength.
+    `top`: the strongest. `paper`: both ends of the upper two thirds, shuffled (the paper: 30 images). `contrast`: half of them near misses."""
     images: int = Field(8, gt=0)
     """Images a prompt."""
     image_size: int = Field(448, gt=0)
     """Longest side, in pixels, of the images that are sent."""
-    neurons: int | None = Field(None, gt=0)
-    """Name at most this many neurons, best first; default all selected."""
-    prompt: str = "name-v1"
-    """Prompt file: one of the package's, or a path."""
+    metadata: list[Literal["view", "projection", "sex", "age"]] = Field(default_factory=list)
+    """Columns told beside each image. They can name the answer by themselves: the names are marked, and scored without them."""
+    prompt: str | None = None
+    """Prompt file: one of the package's, or a path. Default: `name-v1`, with `contrast` `contrast-v1`."""
     concurrency: int = Field(32, gt=0)
     """Requests in flight; about twice the engine's `max_num_seqs` keeps it busy."""
-    retries: int = Field(6, ge=0)
+    retries: int = Field(8, ge=0)
     """Times that a request is sent again after 429, 5xx, a time-out or a lost connection, with back-off."""
     timeout: float = Field(300.0, gt=0)
     """Seconds a request may take."""
@@ -41,7 +51,17 @@ class NameConfig(Section):
 
 
 class ScoreConfig(Section):
-    """How names are scored."""
+    """How names are scored. Images are of patients that named nothing."""
 
+    methods: list[Literal["labels", "embedding", "detection", "intruder", "paper"]] | None = None
+    """`labels`: the data set's labels judge (label names only). `embedding`: the encoder's text tower. `detection`: the naming service, one image a
+    request. `paper`: the same with five images a request. `intruder`: the service finds the image that does not belong. Default: `labels` for label
+    names, `embedding` for vocabulary names, `detection` and `intruder` for names of the service."""
     images: int = Field(20, gt=0)
-    """Activating images a neuron, and as many not activating."""
+    """Activating images a neuron, and as many not activating, half of them hard."""
+    min_images: int = Field(5, gt=0)
+    """Neurons that fire on fewer scoring images are counted, not scored."""
+    neurons: int | None = Field(None, gt=0)
+    """Score at most this many neurons an SAE, in the order of their index drawn by the seed; default all named."""
+    prompt: str | None = None
+    """Prompt file of `detection`; default `detect-v1`."""

@@ -16,13 +16,14 @@ RECIPES = ("top", "quantile", "paper", "contrast")
 @dataclass(frozen=True)
 class Images:
     """Images to draw from. `image_id`, `path`, `patient` strings [n]; `x` embeddings [n, d], centred, unit norm; `naming` bool [n] marks the patients
-    whose images may name a neuron, the others score it."""
+    whose images may name a neuron, the others score it. `facts`: what else is told of each image [n], or None."""
 
     image_id: np.ndarray
     path: np.ndarray
     patient: np.ndarray
     x: np.ndarray
     naming: np.ndarray
+    facts: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.image_id)
@@ -93,7 +94,7 @@ def choose(recipe: str, activation: np.ndarray, images: Images, k: int, seed: in
     silent = np.flatnonzero(images.naming & (activation <= 0))
     near = nearest(silent, positives, images)
     near = one_a_patient(near, images.patient, k // 2)[: k // 2]
-    return shown + tuple(Exemplar(str(images.image_id[i]), str(images.path[i]), 0.0, r, "silent") for r, i in enumerate(near))
+    return shown + tuple(_exemplar(int(i), rank, 0.0, "silent", images) for rank, i in enumerate(near))
 
 
 def _spread(rows: np.ndarray, k: int) -> np.ndarray:
@@ -110,16 +111,14 @@ def nearest(candidates: np.ndarray, to: np.ndarray, images: Images) -> np.ndarra
 
 def _exemplars(rows: np.ndarray, activation: np.ndarray, images: Images, strength: bool = False) -> tuple[Exemplar, ...]:
     top = float(activation[rows].max()) if len(rows) else 1.0
-    return tuple(
-        Exemplar(
-            str(images.image_id[i]),
-            str(images.path[i]),
-            float(activation[i]),
-            rank,
-            f"strength {math.ceil(10 * float(activation[i]) / top)} of 10" if strength else "",
-        )
-        for rank, i in enumerate(rows)
-    )
+    captions = [f"strength {math.ceil(10 * float(activation[i]) / top)} of 10" if strength else "" for i in rows]
+    return tuple(_exemplar(int(i), rank, float(activation[i]), caption, images) for rank, (i, caption) in enumerate(zip(rows, captions, strict=True)))
+
+
+def _exemplar(i: int, rank: int, activation: float, caption: str, images: Images) -> Exemplar:
+    if images.facts is not None and images.facts[i]:
+        caption = f"{caption}; {images.facts[i]}" if caption else str(images.facts[i])
+    return Exemplar(str(images.image_id[i]), str(images.path[i]), activation, rank, caption)
 
 
 @dataclass(frozen=True)

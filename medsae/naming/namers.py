@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from medsae.artifacts import NAME_SCHEMA, fingerprint
 from medsae.errors import DataError
-from medsae.naming.client import ChatClient, Usage
+from medsae.naming.client import Answer, ChatClient, Usage
 from medsae.naming.images import ImageStore
 from medsae.naming.prompts import Prompt
 
@@ -119,6 +119,15 @@ class LabelNamer:
         return Name(subject.neuron, self.name, "", label, "; ".join(said), kind, "ok", "", float(min(1.0, abs(r))), evidence)
 
 
+class Asker(Protocol):
+    """What can be asked: `ChatClient`, or the service itself from within."""
+
+    async def ask(
+        self, messages: list[dict[str, Any]], *, schema: dict[str, Any] | None = None, choices: Sequence[str] | None = None, max_tokens: int = 300
+    ) -> Answer:
+        """One question; see `ChatClient.ask`."""
+
+
 class ChatNamer:
     """A vision-language model behind an OpenAI-compatible server: one prompt of several images a neuron.
 
@@ -137,7 +146,7 @@ class ChatNamer:
         self.client, self.prompt, self.images, self.model, self.max_tokens = client, prompt, images, model, max_tokens
 
     def key(self, subject: Subject) -> str:
-        ids = [e.image_id for e in subject.exemplars]
+        ids = [(e.image_id, e.caption) for e in subject.exemplars]
         return fingerprint([self.name, self.model, self.prompt.hash, self.images.size, self.max_tokens, subject.neuron, ids])
 
     def run(self, subjects: Sequence[Subject], emit: Emit) -> Usage:
@@ -169,19 +178,21 @@ class ChatNamer:
                     task.cancel()
             return client.usage
 
-    async def name_one(self, client: ChatClient, subject: Subject) -> Name:
+    async def name_one(self, client: Asker, subject: Subject) -> Name:
         """Asks for one name. Images that cannot be read are left out and counted; without any there is no name."""
         urls: list[str] = []
+        captions: list[str] = []
         unreadable = 0
         for exemplar in subject.exemplars:
             try:
                 urls.append(await asyncio.to_thread(self.images.get, exemplar.path))
+                captions.append(exemplar.caption)
             except DataError:
                 unreadable += 1
         evidence: dict[str, Any] = {"images": [e.image_id for e in subject.exemplars], "unreadable": unreadable}
         if not urls:
             return self._none(subject, "no readable image" if subject.exemplars else "no image", evidence)
-        answer = await client.ask(self.prompt.messages(urls), schema=self.prompt.schema, max_tokens=self.max_tokens)
+        answer = await client.ask(self.prompt.messages(urls, captions), schema=self.prompt.schema, max_tokens=self.max_tokens)
         evidence |= {"attempts": answer.attempts, "prompt_tokens": answer.prompt_tokens, "completion_tokens": answer.completion_tokens}
         if not answer.ok:
             return self._none(subject, answer.status, evidence)

@@ -56,7 +56,7 @@ class Prompt:
         before, after = (_render(part, variables).strip() for part in self.text.split(IMAGES))
         content: list[dict[str, Any]] = [{"type": "text", "text": before}]
         for index, image in enumerate(images):
-            if captions:
+            if captions and captions[index]:
                 content.append({"type": "text", "text": captions[index].strip()})
             content.append({"type": "image_url", "image_url": {"url": image}})
         content.append({"type": "text", "text": after})

@@ -119,3 +119,18 @@ def headline(rows: Sequence[dict[str, Any]], seed: int = 0, resamples: int = 200
             "failures": failures,
         }
     return out
+
+
+def chance_figures(found: np.ndarray, seed: int = 0, resamples: int = 1000) -> Figures:
+    """Figures of questions with one right answer: the share found stands as balanced accuracy, with a bootstrap interval over questions.
+
+    `found`: [n], 1, 0 or NaN for no answer. The other figures are undefined.
+    """
+    answered = found[~np.isnan(found)]
+    failures = len(found) - len(answered)
+    nan = math.nan
+    if not len(answered):
+        return Figures(nan, nan, nan, nan, nan, 0, failures, nan, nan)
+    means = answered[np.random.default_rng(seed).integers(0, len(answered), (resamples, len(answered)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Figures(float(answered.mean()), nan, nan, nan, nan, len(answered), failures, float(low), float(high))

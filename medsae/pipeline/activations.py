@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -10,10 +11,12 @@ import scipy.sparse as sp
 
 from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, label_names, read_part
 from medsae.config import RunConfig
-from medsae.errors import ArtifactError
+from medsae.errors import ArtifactError, MedSAEError
 from medsae.metrics.labels import apply_policy
 from medsae.naming.exemplars import Images, naming_half, rectify, unit_centred
-from medsae.pipeline.measure import get, groups, wait_all
+from medsae.progress import progress
+
+PARTS_PER_TASK = 8
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,8 @@ def _split(config: RunConfig) -> str | None:
     return None if config.measure.split == "all" else config.measure.split
 
 
-def read_images(config: RunConfig, run: RunDir) -> Table:
-    """The images of the measured split, in the order of the parts.
+def read_images(config: RunConfig, run: RunDir, facts: Sequence[str] = ()) -> Table:
+    """The images of the measured split, in the order of the parts; `facts` are columns to tell of each image.
 
     Raises:
         ArtifactError: there is none.
@@ -46,7 +49,13 @@ def read_images(config: RunConfig, run: RunDir) -> Table:
 
     patients = column("patient_id")
     x = unit_centred(np.concatenate([p.x for p in parts]))
-    images = Images(column("image_id"), column("path"), patients, x, naming_half(patients, config.seed))
+    told = None
+    if facts:
+        columns = [column(f) for f in facts]
+        told = np.array(
+            [", ".join(f"{f} {v}" for f, v in zip(facts, row, strict=True) if v not in ("", "nan")) for row in zip(*columns, strict=True)]
+        )
+    images = Images(column("image_id"), column("path"), patients, x, naming_half(patients, config.seed), told)
     targets = np.concatenate([apply_policy(p.labels, config.data.uncertain, config.data.blank) for p in parts])
     return Table(images, targets, names)
 
@@ -73,9 +82,17 @@ def read_activations(config: RunConfig, run: RunDir, target: str, neurons: list[
     """Activations [n, len(neurons)] of the images of `read_images`, in its order; signed features are rectified at their upper 5 %. Ray is connected."""
     task = ray.remote(_columns).options(name=f"activations {target}", num_cpus=1)
     index = ray.put(np.asarray(neurons, np.int64))
-    refs = [task.remote(run, target, index, _split(config), group) for group in groups(embedding_parts(run))]
-    wait_all(refs, f"activations {target}")
-    z = sp.vstack([get(r) for r in refs]).tocsc()
+    parts = embedding_parts(run)
+    refs = [task.remote(run, target, index, _split(config), parts[i : i + PARTS_PER_TASK]) for i in range(0, len(parts), PARTS_PER_TASK)]
+    pieces = []
+    with progress(len(refs), f"activations {target}", "task") as bar:
+        for ref in refs:
+            try:
+                pieces.append(ray.get(ref))
+            except ray.exceptions.RayTaskError as error:
+                raise error.cause if isinstance(error.cause, MedSAEError) else error from None
+            bar.update(1)
+    z = sp.vstack(pieces).tocsc()
     if target != RAW:
         return z
     dense = z.toarray()

@@ -1,4 +1,4 @@
-"""name: exemplars and figures -> names/NAME.parquet, by the namer that the configuration asks for."""
+"""name: figures, directions and images -> names/NAME.parquet, by the namer that the configuration asks for."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import logging
 import math
 import os
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
-import pyarrow as pa
+import numpy as np
 import pyarrow.compute as pc
 
 from medsae.artifacts import RAW, RunDir
@@ -19,142 +19,173 @@ from medsae.errors import ArtifactError, ConfigError
 from medsae.naming.answers import AnswerLog
 from medsae.naming.client import TRANSIENT, ChatClient
 from medsae.naming.config import NameConfig
+from medsae.naming.exemplars import choose
 from medsae.naming.images import ImageStore
-from medsae.naming.namers import ChatNamer, Exemplar, LabelNamer, Name, Namer, Subject, names_table
+from medsae.naming.namers import ChatNamer, LabelNamer, Name, Namer, Subject, names_table
 from medsae.naming.prompts import NAME_ANSWER, load_prompt
+from medsae.naming.uniqueness import group_names
+from medsae.pipeline.activations import read_activations, read_images
 from medsae.pipeline.cluster import ray_session
 from medsae.pipeline.stage import StageResult
 from medsae.progress import progress
 
 log = logging.getLogger("medsae")
 
+Row = dict[str, Any]
+Maker = Callable[[str, list[Row]], tuple[Namer, list[Subject]]]
+"""Of a target and its chosen rows of `neurons.parquet`: the namer and what it is asked."""
+
 
 def run(config: RunConfig, run: RunDir) -> StageResult:
     """Names the selected neurons of every SAE and of the raw features.
 
     Raises:
-        MedSAEError: nothing is measured yet, the service does not start, or the images cannot be found.
+        MedSAEError: nothing is measured yet, the service does not start, the images cannot be found, or the encoder has no text tower.
     """
-    targets = measured(run, [*(s.name for s in config.sae), RAW])
-    counts: dict[str, Any] = {"namer": config.name.namer}
+    targets = [*(s.name for s in config.sae), RAW]
+    for target in targets:
+        if not run.exists(f"measure/{target}/neurons.parquet"):
+            raise ArtifactError(f"{run.path(f'measure/{target}')} holds no neurons.parquet; run `medsae measure` first")
+    counts: dict[str, Any] = {}
     outputs: dict[str, str] = {}
     statuses: Counter[str] = Counter()
     usage: Counter[str] = Counter()
-    with _namer(config) as namer:
+    with ExitStack() as stack:
+        make = {"label": _labels, "vocabulary": _vocabulary, "medgemma": _service_namer}[config.name.namer](config, run, stack)
         for target in targets:
-            subjects = select(run, target, config.name)
+            namer, subjects = make(target, select(run, target, config.name))
             names, spent = name_all(run, target, namer, subjects)
             usage.update(spent)
             statuses.update(n.status for n in names)
-            path = f"names/{target}.parquet"
-            outputs[path] = run.write_table(path, names_table(names))
-    counts |= {"neurons": sum(statuses.values()), "named": statuses["ok"], **usage}
+            outputs[f"names/{target}.parquet"] = run.write_table(f"names/{target}.parquet", names_table(names))
+            outputs[f"names/{target}.json"] = run.write_json(f"names/{target}.json", group_names([(n.neuron, n.concept) for n in names if n.ok]))
+    counts = {"neurons": sum(statuses.values()), "named": statuses["ok"], **usage}
     counts["without_name"] = {status: n for status, n in sorted(statuses.items()) if status != "ok"}
     return StageResult(counts=counts, outputs=outputs)
 
 
-def measured(run: RunDir, names: list[str]) -> list[str]:
-    """The names under `measure/` that are configured.
-
-    Raises:
-        ArtifactError: one of them is not measured.
-    """
-    for name in names:
-        if not run.exists(f"measure/{name}/neurons.parquet"):
-            raise ArtifactError(f"{run.path(f'measure/{name}')} holds no neurons.parquet; run `medsae measure` first")
-    return names
-
-
-def select(run: RunDir, target: str, config: NameConfig) -> list[Subject]:
-    """The neurons to name, strongest correlation first, each with its exemplars in the order of their rank."""
-    neurons = run.read_table(f"measure/{target}/neurons.parquet")
-    chosen = neurons.filter(pc.equal(neurons["alive"], True)).to_pylist()
-    chosen.sort(key=lambda row: (-_strength(row), row["neuron"]))
-    chosen = chosen[: config.neurons]
-    exemplars = _exemplars(run, target, {row["neuron"] for row in chosen})
-    return [Subject(row["neuron"], row, tuple(exemplars.get(row["neuron"], ())[: config.images])) for row in chosen]
+def select(run: RunDir, target: str, config: NameConfig) -> list[Row]:
+    """Rows of `neurons.parquet` of the neurons to name, strongest correlation first."""
+    table = run.read_table(f"measure/{target}/neurons.parquet")
+    if config.select == "alive":
+        table = table.filter(pc.equal(table["alive"], True))
+    elif config.select == "active":
+        table = table.filter(pc.equal(table["dead"], False))
+    rows: list[Row] = table.to_pylist()
+    rows.sort(key=lambda row: (-_strength(row), row["neuron"]))
+    return rows[: config.neurons]
 
 
-def _strength(row: dict[str, Any]) -> float:
+def _strength(row: Row) -> float:
     values = [abs(v) for k, v in row.items() if k.startswith("r_") and v is not None and math.isfinite(v)]
     return max(values, default=0.0)
-
-
-def _exemplars(run: RunDir, target: str, neurons: set[int]) -> dict[int, list[Exemplar]]:
-    path = f"measure/{target}/exemplars.parquet"
-    if not run.exists(path):
-        raise ArtifactError(f"{run.path(path)} does not exist; run `medsae measure` first")
-    table = run.read_table(path)
-    table = table.filter(pc.and_(pc.equal(table["role"], "name"), pc.is_in(table["neuron"], pa.array(sorted(neurons), pa.int32()))))
-    found: dict[int, list[Exemplar]] = {}
-    for row in table.sort_by([("neuron", "ascending"), ("rank", "ascending")]).to_pylist():
-        found.setdefault(row["neuron"], []).append(Exemplar(row["image_id"], row["path"], row["activation"], row["rank"]))
-    return found
 
 
 def name_all(run: RunDir, target: str, namer: Namer, subjects: list[Subject]) -> tuple[list[Name], dict[str, int]]:
     """Names of all subjects and what they cost; what an earlier, interrupted job was told is not asked for again."""
     keys = {namer.key(s): s for s in subjects}
     names: list[Name] = []
-    with AnswerLog(run, f"names/.answers/{target}") as answers:
-        for key, record in answers.read().items() if namer.costly else ():
-            if key in keys and not _transient(record["name"]["status"]):
+    tokens = 0
+    with ExitStack() as stack:
+        answers = stack.enter_context(AnswerLog(run, f"names/.answers/{target}")) if namer.costly else None
+        for key, record in answers.read().items() if answers else ():
+            if key in keys and record["name"]["status"].split(" ")[0] not in TRANSIENT:
                 names.append(_from_record(record["name"]))
                 del keys[key]
         resumed = len(names)
-        with progress(len(subjects), f"name {target}", "neuron", initial=resumed) as bar:
+        bar = stack.enter_context(progress(len(subjects), f"name {target}", "neuron", initial=resumed))
 
-            def emit(key: str, name: Name) -> None:
-                if namer.costly:
-                    answers.append(key, {"name": {**vars(name), "confidence": None if math.isnan(name.confidence) else name.confidence}})
-                names.append(name)
-                bar.update(1)
-                tokens = name.evidence.get("prompt_tokens")
-                if tokens is not None:
-                    emitted["tokens"] += tokens + name.evidence["completion_tokens"]
-                    bar.set_postfix_str(f"{emitted['tokens']} tokens", refresh=False)
+        def emit(key: str, name: Name) -> None:
+            nonlocal tokens
+            if answers:
+                answers.append(key, {"name": {**vars(name), "confidence": None if math.isnan(name.confidence) else name.confidence}})
+            names.append(name)
+            tokens += name.evidence.get("prompt_tokens", 0) + name.evidence.get("completion_tokens", 0)
+            if tokens:
+                bar.set_postfix_str(f"{tokens} tokens", refresh=False)
+            bar.update(1)
 
-            emitted: Counter[str] = Counter()
-            usage = namer.run(list(keys.values()), emit)
-    spent = {k: v for k, v in vars(usage).items() if v} if usage.requests else {}
-    return names, {"resumed": resumed, **spent}
+        usage = namer.run(list(keys.values()), emit)
+    return names, {"resumed": resumed, **vars(usage)} if namer.costly else {}
 
 
-def _transient(status: str) -> bool:
-    return status.split(" ")[0] in TRANSIENT
-
-
-def _from_record(record: dict[str, Any]) -> Name:
+def _from_record(record: Row) -> Name:
     return Name(**{**record, "confidence": math.nan if record["confidence"] is None else record["confidence"]})
 
 
-@contextmanager
-def _namer(config: RunConfig) -> Iterator[Namer]:
-    """The configured namer, with a service of its own where none is given."""
-    if config.name.namer == "label":
-        yield LabelNamer()
-        return
+def _labels(config: RunConfig, run: RunDir, stack: ExitStack) -> Maker:
+    return lambda target, rows: (LabelNamer(), [Subject(row["neuron"], row) for row in rows])
+
+
+def _vocabulary(config: RunConfig, run: RunDir, stack: ExitStack) -> Maker:
+    from medsae.naming.vocabulary import VocabularyNamer, load_vocabulary
+    from medsae.sae import load
+
+    encoder = text_encoder(config)
+    vocabulary = load_vocabulary(config.name.vocabulary, encoder)
+
+    def make(target: str, rows: list[Row]) -> tuple[Namer, list[Subject]]:
+        if target == RAW:
+            directions = np.eye(encoder.dim)
+            centre = np.zeros(encoder.dim)
+        else:
+            directions = load((run, target)).W_dec.cpu().numpy()
+            centre = directions.mean(0)
+        return VocabularyNamer(encoder, vocabulary, directions, centre, config.encoder.name), [Subject(row["neuron"], row) for row in rows]
+
+    return make
+
+
+def text_encoder(config: RunConfig) -> Any:
+    """The run's encoder, on the CPU.
+
+    Raises:
+        ConfigError: it has no text tower.
+    """
+    from medsae.encoders import load_encoder
+
+    settings = config.encoder
+    encoder = load_encoder(settings.name, settings.weights, device="cpu", seed=settings.seed, dtype="float32", sha256=settings.sha256)
+    if not hasattr(encoder, "encode_text"):
+        raise ConfigError(f"encoder {settings.name} has no text tower: name.namer=vocabulary needs one; use label or medgemma")
+    return encoder
+
+
+def _service_namer(config: RunConfig, run: RunDir, stack: ExitStack) -> Maker:
+    settings = config.name
     if not config.data.root:
         raise ConfigError("data.root is not set: the naming service is shown the images under it")
-    settings = config.name
-    with _service(config) as url:
-        prompt = load_prompt(settings.prompt, NAME_ANSWER)
-        images = ImageStore(config.data.root, settings.image_size)
+    if settings.metadata:
+        log.warning("name.metadata tells the model %s beside the images: a name may repeat what it was told", ", ".join(settings.metadata))
+    prompt = load_prompt(settings.prompt or ("contrast-v1" if settings.recipe == "contrast" else "name-v1"), NAME_ANSWER)
+    stack.enter_context(ray_session(config.ray))
+    table = read_images(config, run, settings.metadata)
+    url = service_url(config, stack)
+    namer = ChatNamer(lambda: client(config, url), prompt, ImageStore(config.data.root, settings.image_size), settings.model, settings.max_tokens)
 
-        def client() -> ChatClient:
-            return ChatClient(url, None, os.environ.get(settings.api_key_env), settings.concurrency, settings.retries, settings.timeout)
+    def make(target: str, rows: list[Row]) -> tuple[Namer, list[Subject]]:
+        z = read_activations(config, run, target, [row["neuron"] for row in rows])
+        subjects = []
+        for column, row in enumerate(rows):
+            activation = np.asarray(z[:, [column]].todense()).ravel()
+            subjects.append(Subject(row["neuron"], row, choose(settings.recipe, activation, table.images, settings.images, config.seed)))
+        return namer, subjects
 
-        yield ChatNamer(client, prompt, images, settings.model, settings.max_tokens)
+    return make
 
 
-@contextmanager
-def _service(config: RunConfig) -> Iterator[str]:
+def service_url(config: RunConfig, stack: ExitStack) -> str:
+    """The configured naming service, or one that is started for as long as `stack` is open."""
     settings = config.name
     if settings.url:
-        yield settings.url
-        return
+        return settings.url
     from medsae.pipeline.naming_service import naming_service
 
     args = {"model": settings.model, "images": settings.images, "engine": settings.engine, "environment": settings.environment}
-    with ray_session(config.ray), naming_service(args) as url:
-        yield url
+    return stack.enter_context(naming_service(args))
+
+
+def client(config: RunConfig, url: str) -> ChatClient:
+    """An unopened client of the naming service."""
+    settings = config.name
+    return ChatClient(url, None, os.environ.get(settings.api_key_env), settings.concurrency, settings.retries, settings.timeout)
