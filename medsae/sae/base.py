@@ -75,9 +75,6 @@ class Architecture(nn.Module):
         """Forward pass and loss of a batch."""
         raise NotImplementedError
 
-    def encoder_input(self, x: Tensor) -> Tensor:
-        return x - self.b_dec if self.subtract_bias else x
-
     @torch.no_grad()
     def constrain_gradients(self) -> None:
         """Removes from each decoder row's gradient the part that is parallel to the row, where rows have unit norm."""

@@ -46,6 +46,17 @@ class Collective:
         dist.all_gather(parts, padded)
         return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
 
+    def interleave(self, tensor: Tensor) -> Tensor:
+        """One value a sample of the global batch, in its order, from the workers' shares (worker r holds samples r, r + world, ...)."""
+        if self.world == 1:
+            return tensor
+        gathered = self.gather(tensor)
+        total = len(gathered)
+        order = torch.cat([torch.arange(r, total, self.world) for r in range(self.world)])
+        out = torch.empty_like(gathered)
+        out[order.to(tensor.device)] = gathered
+        return out
+
     def sum_gradients(self, parameters: list[torch.nn.Parameter], loss: Tensor) -> Tensor:
         """Sums gradients over the workers in one message, which also carries the loss; returns the global loss."""
         if self.world == 1:

@@ -1,38 +1,80 @@
-"""The active set: which entries of the [B, m] code carry values and gradients."""
+"""The active set: which entries of the [B, m] code carry values and gradients, and the products over it.
+
+Every architecture's code is zero almost everywhere, and so is the gradient of its loss. An architecture picks the active set from pre-activations that
+need no gradient, then works on `values`, one number a pair (sample, neuron). Two representations give the same numbers: `Sparse` (compressed rows; all
+products cost B * L0 * d) and `Dense` (matrices; for the first steps of the ReLU architectures, when much is active).
+"""
 
 from __future__ import annotations
 
-from typing import Protocol
+import warnings
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+DENSE_SHARE = 0.04
+"""Share of active pairs above which dense products are faster (measured on a CPU)."""
+
+with warnings.catch_warnings():
+    # PyTorch says once a process that compressed sparse rows are in beta; nobody who runs a stage can act on it.
+    warnings.simplefilter("ignore", UserWarning)
+    torch.sparse_csr_tensor(torch.tensor([0, 1]), torch.tensor([0]), torch.tensor([1.0]), size=(1, 1), check_invariants=False)
 
 
 class Active(Protocol):
-    """A set of (sample, neuron) pairs. `values` below are one number a pair."""
+    """A set of (sample, neuron) pairs of a [B, m] code. `values` are one number a pair."""
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        """Values of x W^T + b, differentiable in weight and bias. x [B, d], weight [m, d], bias [m]."""
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
+        """Values of (x - shift) W^T + bias, differentiable in weight [m, d], bias [m] and shift [d]; x [B, d] is data."""
 
     def spread(self, parameter: Tensor) -> Tensor:
-        """A parameter [m] as values."""
+        """A parameter [m] as something that multiplies or adds to values."""
 
     def decode(self, values: Tensor, weight: Tensor) -> Tensor:
-        """Sum over a sample's neurons of value * weight[neuron], [B, d]."""
+        """Sum over a sample's neurons of value * weight[neuron], [B, d]; weight [m, d]."""
 
     def fired(self, values: Tensor) -> Tensor:
         """Whether each neuron has a value above 0 in any sample, bool [m]."""
 
 
+def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(x - shift) W^T + bias, [B, m], without gradient, the product taken in `dtype`."""
+    with torch.no_grad():
+        centred = x if shift is None else x - shift
+        if dtype != torch.float32:
+            product = (centred.to(dtype) @ weight.to(dtype).T).float()
+            return product if bias is None else product.add_(bias)
+        return centred @ weight.T if bias is None else torch.addmm(bias, centred, weight.T)
+
+
+class _GivenLinear(torch.autograd.Function):
+    """(x - shift) W^T + bias whose result is known already; only the gradients are computed."""
+
+    @staticmethod
+    def forward(ctx: Any, result: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight, shift)
+        ctx.biased = bias is not None
+        return result.view_as(result)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, shift = ctx.saved_tensors
+        grad = grads[0]
+        columns = grad.sum(dim=0)
+        centred = x if shift is None else x - shift
+        return None, None, grad.T @ centred, columns if ctx.biased else None, None if shift is None else -(columns @ weight)
+
+
 class Dense:
-    """All pairs: values are [B, m] matrices."""
+    """All pairs: values are [B, m] matrices. `given` are pre-activations that are known already."""
 
-    def __init__(self, samples: int, neurons: int) -> None:
-        self.samples, self.neurons = samples, neurons
+    def __init__(self, given: Tensor) -> None:
+        self.given = given
 
-    def linear(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return F.linear(x, weight, bias)
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
+        out: Tensor = _GivenLinear.apply(self.given, x, weight, bias, shift)
+        return out
 
     def spread(self, parameter: Tensor) -> Tensor:
         return parameter
@@ -42,3 +84,164 @@ class Dense:
 
     def fired(self, values: Tensor) -> Tensor:
         return torch.gt(values.detach(), 0).any(dim=0)
+
+
+class Sparse:
+    """Some pairs, by sample (compressed sparse rows).
+
+    `rows` int64 [B + 1] offsets, `columns` int64 [nnz] neurons, `given` float32 [nnz] pre-activations that are known already, `neurons` m.
+    """
+
+    def __init__(self, rows: Tensor, columns: Tensor, given: Tensor, neurons: int) -> None:
+        self.rows, self.columns, self.given, self.neurons = rows, columns, given, neurons
+        self._transposed: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def samples(self) -> int:
+        return len(self.rows) - 1
+
+    def matrix(self, values: Tensor) -> Tensor:
+        """The code as a sparse [B, m] matrix."""
+        return torch.sparse_csr_tensor(self.rows, self.columns, values, size=(self.samples, self.neurons), check_invariants=False)
+
+    def transposed(self, values: Tensor) -> Tensor:
+        """The code as a sparse [m, B] matrix."""
+        if self._transposed is None:
+            order = self.columns.argsort(stable=True)
+            offsets = self.columns.new_zeros(self.neurons + 1)
+            torch.cumsum(torch.bincount(self.columns, minlength=self.neurons), 0, out=offsets[1:])
+            samples = torch.repeat_interleave(torch.arange(self.samples, device=self.rows.device), self.rows.diff(), output_size=len(self.columns))
+            self._transposed = offsets, samples[order], order
+        offsets, samples, order = self._transposed
+        return torch.sparse_csr_tensor(offsets, samples, values[order], size=(self.neurons, self.samples), check_invariants=False)
+
+    def at_least(self, threshold: float) -> Sparse:
+        """The pairs whose pre-activation reaches a threshold."""
+        kept = self.given >= threshold
+        before = torch.zeros(len(kept) + 1, dtype=torch.int64, device=kept.device)
+        torch.cumsum(kept, 0, out=before[1:])
+        return Sparse(before[self.rows], self.columns[kept], self.given[kept], self.neurons)
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
+        out: Tensor = _SparseLinear.apply(self, x, weight, bias, shift)
+        return out
+
+    def spread(self, parameter: Tensor) -> Tensor:
+        return parameter.index_select(0, self.columns)
+
+    def decode(self, values: Tensor, weight: Tensor) -> Tensor:
+        out: Tensor = _SparseDecode.apply(self, values, weight)
+        return out
+
+    def fired(self, values: Tensor) -> Tensor:
+        fired = torch.zeros(self.neurons, dtype=torch.bool, device=values.device)
+        fired[self.columns[values.detach() > 0]] = True
+        return fired
+
+
+class _SparseLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, active: Sparse, x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None) -> Tensor:
+        ctx.active, ctx.biased = active, bias is not None
+        ctx.save_for_backward(x, weight, shift)
+        return active.given.view_as(active.given)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, shift = ctx.saved_tensors
+        active: Sparse = ctx.active
+        columns = torch.zeros(active.neurons, dtype=grads[0].dtype, device=x.device).index_add_(0, active.columns, grads[0])
+        centred = x if shift is None else x - shift
+        product = active.transposed(grads[0]) @ centred
+        return None, None, product, columns if ctx.biased else None, None if shift is None else -(columns @ weight)
+
+
+class _SparseDecode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, active: Sparse, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.active = active
+        ctx.save_for_backward(values, weight)
+        return active.matrix(values) @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        active: Sparse = ctx.active
+        grad = grads[0].contiguous()
+        inner = sampled_products(active.matrix(values), grad, weight)
+        return None, inner, active.transposed(values) @ grad
+
+
+def sampled_products(pattern: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """left[i] . right[j] for the pairs (i, j) of a sparse [B, m] pattern; left [B, d], right [m, d]."""
+    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+
+
+def above(pre: Tensor, threshold: Tensor | float, dense_share: float = DENSE_SHARE) -> Sparse | Dense:
+    """Pairs with pre-activation above a threshold (a number, or one a neuron); dense where they are many."""
+    mask = pre > threshold
+    counts = mask.sum(dim=1)
+    total = int(counts.sum())
+    if total > dense_share * mask.numel():
+        return Dense(pre)
+    return _pairs(mask, counts, pre)
+
+
+def sparse_above(pre: Tensor, threshold: Tensor | float) -> Sparse:
+    """Pairs with pre-activation above a threshold, however many."""
+    mask = pre > threshold
+    return _pairs(mask, mask.sum(dim=1), pre)
+
+
+def _pairs(mask: Tensor, counts: Tensor, pre: Tensor) -> Sparse:
+    """Pairs where mask [B, m] is set; `counts` [B] of them in each row."""
+    flat = mask.view(-1).nonzero().squeeze(1)
+    rows = torch.zeros(len(counts) + 1, dtype=torch.int64, device=pre.device)
+    torch.cumsum(counts, 0, out=rows[1:])
+    return Sparse(rows, flat % pre.shape[1], pre.view(-1)[flat], pre.shape[1])
+
+
+def row_topk(pre: Tensor, k: int) -> Sparse:
+    """The k largest pre-activations of each sample."""
+    values, columns = pre.topk(k, dim=1, sorted=False)
+    rows = torch.arange(0, pre.shape[0] * k + 1, k, device=pre.device)
+    return Sparse(rows, columns.reshape(-1), values.reshape(-1), pre.shape[1])
+
+
+def grouped_decode(active: Sparse, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
+    """Reconstructions [G, B, d] from the first ends[0], ends[1], ... neurons (nested prefixes; the last end is m)."""
+    out: Tensor = _GroupedDecode.apply(active, values, weight, ends)
+    return out
+
+
+class _GroupedDecode(torch.autograd.Function):
+    """Each pair is decoded once, in the group that it belongs to; prefixes are running sums over groups, gradients running sums from the last."""
+
+    @staticmethod
+    def forward(ctx: Any, active: Sparse, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
+        ctx.active, ctx.ends = active, ends
+        ctx.save_for_backward(values, weight)
+        samples = torch.repeat_interleave(torch.arange(active.samples, device=values.device), active.rows.diff(), output_size=len(active.columns))
+        ctx.parts = []
+        prefixes = weight.new_empty(len(ends), active.samples, weight.shape[1])
+        for index, (start, end) in enumerate(zip((0, *ends[:-1]), ends, strict=True)):
+            chosen = ((active.columns >= start) & (active.columns < end)).nonzero().squeeze(1)
+            rows = torch.zeros_like(active.rows)
+            torch.cumsum(torch.bincount(samples[chosen], minlength=active.samples), 0, out=rows[1:])
+            part = Sparse(rows, active.columns[chosen] - start, values[chosen], end - start)
+            ctx.parts.append((start, end, chosen, part))
+            product = part.matrix(values[chosen]) @ weight[start:end]
+            torch.add(product, prefixes[index - 1], out=prefixes[index]) if index else prefixes[index].copy_(product)
+        return prefixes
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        inner, dense = torch.empty_like(values), torch.empty_like(weight)
+        running = torch.zeros_like(grads[0][0])
+        for index in reversed(range(len(ctx.parts))):
+            start, end, chosen, part = ctx.parts[index]
+            running += grads[0][index]
+            inner[chosen] = sampled_products(part.matrix(values[chosen]), running, weight[start:end])
+            dense[start:end] = part.transposed(values[chosen]) @ running
+        return None, inner, dense, None

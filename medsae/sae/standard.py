@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
+import torch
 from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
-from medsae.sae.sparse_ops import Dense
+from medsae.sae.sparse_ops import above, preactivations
 
 
 class Standard(Architecture):
@@ -19,22 +18,12 @@ class Standard(Architecture):
 
     def loss(self, step: StepInput) -> StepOutput:
         assert self.config.l1 is not None
-        active = Dense(len(step.x), self.dict_size)
-        values = active.linear(self.encoder_input(step.x), self.W_enc, self.b_enc).relu()
+        shift = self.b_dec if self.subtract_bias else None
+        active = above(preactivations(step.x, self.W_enc, self.b_enc, shift), 0.0)
+        values = active.linear(step.x, self.W_enc, self.b_enc, shift).relu()
         error = step.x - active.decode(values, self.W_dec) - self.b_dec
         mse = error.square().sum() / step.total
         weights = self.penalty_weights()
         l1 = (values if weights is None else values * active.spread(weights)).sum() / step.total
         total = mse + self.config.l1 * step.sparsity * l1
-        return StepOutput(total, error.detach(), values.detach().count_nonzero(), active.fired(values), {"mse": mse.detach(), "l1": l1.detach()})
-
-
-class April(Standard):
-    """L1 weighted by decoder norm, no norm constraint, encoder without b_dec (Anthropic, April 2024 update)."""
-
-    unit_decoder: ClassVar[bool] = False
-    subtract_bias: ClassVar[bool] = False
-    init_norm: ClassVar[float] = 0.1
-
-    def penalty_weights(self) -> Tensor | None:
-        return self.W_dec.norm(dim=1)
+        return StepOutput(total, error.detach(), torch.count_nonzero(values.detach()), active.fired(values), {"mse": mse.detach(), "l1": l1.detach()})

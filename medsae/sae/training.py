@@ -16,6 +16,7 @@ from medsae.sae.base import StepInput
 from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
 from medsae.sae.data import batch_plan, epoch_order
+from medsae.sae.dead import resample
 from medsae.sae.registry import build
 
 DIVERGED = 1e4
@@ -71,6 +72,7 @@ class Trainer:
         self.step_count = 0
         self.silent = torch.zeros(config.dict_size, dtype=torch.int64, device=self.device)
         self.dead_after = max(1, round((config.dead_epochs or 2.0) * samples))
+        self.resampled = 0
         self.log: list[dict[str, Any]] = []
         self._sums: dict[str, Tensor] = {}
         self._since = time.perf_counter()
@@ -92,7 +94,8 @@ class Trainer:
         """
         rate = learning_rate(self.config, self.step_count, self.steps)
         factor = sparsity_factor(self.config, self.step_count, self.steps)
-        out = self.sae.loss(StepInput(x, self.batch, factor, self.dead, self.collective))
+        given = StepInput(x, self.batch, factor, self.dead, self.collective)
+        out = self.sae.loss(given)
         out.loss.backward()
         loss = self.collective.sum_gradients(self.parameters, out.loss.detach())
         if self.device.type == "cpu" and not math.isfinite(float(loss)):
@@ -107,7 +110,17 @@ class Trainer:
         fired = self.collective.max(out.fired.to(torch.uint8)).bool()
         self.silent = torch.where(fired, 0, self.silent + self.batch)
         self.step_count += 1
+        if self._resampling_due() and bool(given.dead.any()):
+            self.silent[given.dead] = 0
+            self.resampled += resample(self.sae, self.optimizer, given, out.error, (self.seed, self.step_count))
         self._add(sse=out.error.double().square().sum(), active=out.active.double(), **{f"term_{k}": v.double() for k, v in out.terms.items()})
+
+    def _resampling_due(self) -> bool:
+        every = self.config.resample_epochs
+        if every is None or self.step_count > 0.6 * self.steps:
+            return False
+        period = every * self.steps_per_epoch
+        return int(self.step_count / period) > int((self.step_count - 1) / period)
 
     def _add(self, **values: Tensor) -> None:
         for key, value in values.items():
@@ -134,6 +147,8 @@ class Trainer:
         line: dict[str, Any] = {"step": self.step_count, "epoch": self.epoch, "fvu": fvu, "l0": total["active"] / seen}
         line["loss"] = {n.removeprefix("term_"): total[n] / self.steps_per_epoch for n in names if n.startswith("term_")}
         line["dead_share"] = float(self.dead.double().mean())
+        if self.config.resample_epochs is not None:
+            line["resampled"] = self.resampled
         line["lr"] = rate
         line["samples_per_second"] = round(seen / max(now - self._since, 1e-9), 1)
         self._since = now
@@ -156,6 +171,7 @@ class Trainer:
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "silent": self.silent,
+            "resampled": self.resampled,
             "log": self.log,
         }
 
@@ -172,7 +188,7 @@ class Trainer:
         self.sae.load_state_dict(state["sae"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.silent = state["silent"].to(self.device)
-        self.step_count, self.log = state["step"], list(state["log"])
+        self.step_count, self.resampled, self.log = state["step"], state["resampled"], list(state["log"])
 
 
 def shared_batches(x: Tensor, seed: int, epoch: int, batch_size: int, collective: Collective) -> Iterator[Tensor]:
