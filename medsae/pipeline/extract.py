@@ -25,6 +25,7 @@ from medsae.artifacts import EMBEDDING_SCHEMA, REJECT_SCHEMA, RunDir, embedding_
 from medsae.config import RunConfig
 from medsae.data.config import DataConfig
 from medsae.data.manifest import Manifest, read_manifest
+from medsae.encoders import find_batch_size, load_encoder, load_preprocess
 from medsae.encoders.config import EncoderConfig
 from medsae.errors import ArtifactError, DataError, MedSAEError
 from medsae.pipeline.cluster import cluster_gpus, ray_session
@@ -53,6 +54,7 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
     Raises:
         MedSAEError: the manifest cannot be read, the encoder cannot be loaded, or no image could be decoded.
     """
+    load_preprocess(config.encoder.name)  # an unknown encoder is said before anything starts
     manifest = read_manifest(config.data)
     parts = plan_parts(manifest, config.data, config.encoder)
     todo = _clean_and_find_missing(run, parts)
@@ -79,7 +81,7 @@ def plan_parts(manifest: Manifest, data: DataConfig, encoder: EncoderConfig) -> 
     parts = []
     for index, start in enumerate(range(0, n, rows)):
         table = manifest.table.slice(start, rows).combine_chunks()
-        content = hashlib.sha256(pack(table)).hexdigest()
+        content = fingerprint(table.to_pydict())
         parts.append(Part(index, table, fingerprint({**settings, "rows": content})))
     return parts
 
@@ -122,7 +124,6 @@ def _rows(part: str, payload: pa.Buffer) -> pa.Table:
 def decode_part(rows: pa.Table, data: DataConfig, encoder_name: str) -> pa.Table:
     """A part's manifest rows to rows with the encoder's 8-bit pixels, or a reason. Holds no weights."""
     from medsae.data import radiograph
-    from medsae.encoders import load_preprocess
 
     fs, base = resolve(data.root)
     preprocess = load_preprocess(encoder_name)
@@ -152,19 +153,31 @@ class EncodePart:
     """A part's pixels to embeddings; one actor holds one encoder."""
 
     def __init__(self, config: EncoderConfig, device: str, threads: int | None) -> None:
-        from medsae.encoders import load_encoder
         from medsae.encoders.conformance import check_encoder
 
         if threads:
             import torch
 
             torch.set_num_threads(threads)
-        self.encoder = load_encoder(config.name, config.weights, device=device, seed=config.seed, dtype=config.dtype, sha256=config.sha256)
-        check_encoder(self.encoder)
+        self.failure: MedSAEError | None = None  # travels as data: Ray does not keep the cause of a failed constructor or call
+        try:
+            self.encoder = load_encoder(config.name, config.weights, device=device, seed=config.seed, dtype=config.dtype, sha256=config.sha256)
+            check_encoder(self.encoder)
+        except MedSAEError as error:
+            self.failure = error
+            return
         self.info = json.dumps(asdict(self.encoder.info), sort_keys=True).encode()
         self.batch_size = config.batch_size or _default_batch_size(self.encoder, device)
 
     def __call__(self, rows: pa.Table) -> pa.Table:
+        if self.failure is None:
+            try:
+                return self._embed(rows)
+            except MedSAEError as error:
+                self.failure = error
+        return pa.table({"part": rows["part"], "payload": [b""], "failure": [f"{type(self.failure).__name__}: {self.failure}"]})
+
+    def _embed(self, rows: pa.Table) -> pa.Table:
         table = unpack(rows["payload"][0])
         height, width = (int(v) for v in table.schema.metadata[b"shape"].split(b"x"))
         good = table["pixels"].filter(pc.equal(table["reason"], "")).combine_chunks()
@@ -193,13 +206,13 @@ def _with_gaps(matrix: np.ndarray, reasons: list[str]) -> pa.Array:
 def _default_batch_size(encoder: Any, device: str) -> int:
     if not device.startswith("cuda"):
         return 32
-    from medsae.encoders import find_batch_size
-
     return int(find_batch_size(encoder))
 
 
 def write_part(rows: pa.Table, run: RunDir, plans: dict[str, str]) -> pa.Table:
     """Publishes one part: the rejects first, then the embeddings, so that a part that is there is whole."""
+    if "failure" in rows.column_names:
+        return pa.table({"images": [0], "rejected": [0], "failure": rows["failure"]})
     part, table = rows["part"][0].as_py(), unpack(rows["payload"][0])
     ok = pc.equal(table["reason"], "")
     bad = table.filter(pc.invert(ok))
@@ -208,7 +221,7 @@ def write_part(rows: pa.Table, run: RunDir, plans: dict[str, str]) -> pa.Table:
         run.write_table(_rejects_file(part), rejects)
     good = table.filter(ok).select(EMBEDDING_SCHEMA.names).cast(EMBEDDING_SCHEMA)
     run.write_table(part, good.replace_schema_metadata({PLAN_KEY: plans[part].encode(), ENCODER_KEY: table.schema.metadata[ENCODER_KEY]}))
-    return pa.table({"images": [table.num_rows], "rejected": [bad.num_rows]})
+    return pa.table({"images": [table.num_rows], "rejected": [bad.num_rows], "failure": [""]})
 
 
 def _rejects_file(part: str) -> str:
@@ -251,23 +264,12 @@ def _extract(config: RunConfig, run: RunDir, todo: list[Part], images: int, gpus
     fresh = sum(p.table.num_rows for p in todo)
     started = time.perf_counter()
     with progress(images, "extract", "image", initial=images - fresh) as bar:
-        try:
-            for batch in ds.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-                bar.update(sum(batch["images"].to_pylist()))
-        except ray.exceptions.RayError as error:
-            raise _user_error(error) or error from error
+        for batch in ds.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            for failure in filter(None, batch["failure"].to_pylist()):
+                kind, _, message = failure.partition(": ")
+                raise next((k for k in MedSAEError.__subclasses__() if k.__name__ == kind), MedSAEError)(message)
+            bar.update(sum(batch["images"].to_pylist()))
     return time.perf_counter() - started
-
-
-def _user_error(error: BaseException | None) -> MedSAEError | None:
-    """The MedSAEError inside Ray's wrapping, if there is one."""
-    seen = 0
-    while error is not None and seen < 20:
-        if isinstance(error, MedSAEError):
-            return error
-        inner = getattr(error, "cause", None)
-        error, seen = (inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__), seen + 1
-    return None
 
 
 def _finish(run: RunDir, manifest: Manifest, parts: list[Part], counts: dict[str, Any]) -> StageResult:
