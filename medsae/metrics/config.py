@@ -21,6 +21,8 @@ class MeasureConfig(Section):
     embeddings judge themselves, and the summary says so."""
     rows: int | None = Field(None, gt=0)
     """Images encoded at once in a task; default: what makes 64 MB of activations."""
+    baselines: list[Literal["rotation", "pca", "ica", "nmf", "untrained"]] = ["rotation", "pca", "untrained"]
+    """Other dictionaries measured beside the SAE, each under the name `baseline-...`. `ica` and `nmf` take minutes at width 512."""
     bootstrap: int = Field(1000, ge=100)
     """Resamples of the patients behind every interval."""
     permutations: int = Field(100, ge=0)

@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 import ray
 
-from medsae.artifacts import RAW, RunDir, embedding_parts, label_names, read_part
+from medsae.artifacts import RAW, RunDir, embedding_parts, label_names, read_embeddings, read_part
 from medsae.config import RunConfig
 from medsae.errors import ArtifactError
+from medsae.metrics.baselines import PREFIX, fit
 from medsae.metrics.comparison import Measured, compare, null_figures, selected_figures
 from medsae.metrics.features import Features
 from medsae.metrics.inference import bootstrap_selected, donor_permutation, select
@@ -55,10 +56,12 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
         null = permuted_labels(plan, images)
         null_ref = ray.put(null)
         measured, outputs = {}, {}
-        for name in [RAW, *(s.name for s in config.sae)]:
-            found, files = measure_one(plan, shared, images, name, None, null, null_ref)
-            measured[name] = found
+        for name, features in [(RAW, None), *fit_baselines(plan), *((s.name, None) for s in config.sae)]:
+            measured[name], files = measure_one(plan, shared, images, name, features, null, null_ref)
             outputs.update(files)
+        for stale in set(run.folders("measure")) - set(measured):
+            if stale.startswith(PREFIX):
+                run.delete(f"measure/{stale}")
         outputs.update(publish_comparison(plan, measured, [s.name for s in config.sae]))
     return StageResult(counts={"images": len(images), "features": len(measured)}, outputs=outputs)
 
@@ -81,6 +84,17 @@ def _read_reference(uri: str) -> KeyedRows:
     values = np.concatenate([p.x for p in parts])
     order = np.argsort(keys)
     return KeyedRows([], keys[order], values[order])
+
+
+def fit_baselines(plan: Plan) -> list[tuple[str, Features]]:
+    """The configured baselines, fitted on the training split (on all images where there is none)."""
+    names = plan.config.measure.baselines
+    if not names:
+        return []
+    x = read_embeddings(plan.run, "train").x
+    if len(x) < 2:
+        x = read_embeddings(plan.run).x
+    return [(f"{PREFIX}{name}", fit(name, x, plan.config.sae[0], plan.config.seed)) for name in dict.fromkeys(names)]
 
 
 def read_images(plan: Plan, side: Side) -> Images:

@@ -57,7 +57,11 @@ def write_run(folder: Path, n: int = N, parts: int = 5, split: str | None = None
 
 def config_for(run: RunDir, **measure: object) -> RunConfig:
     return validate_config(
-        {"run": run.uri, "measure": {"permutations": 20, "bootstrap": 200, **measure}, "sae": [{"name": "standard", "dict_size": 40}]}
+        {
+            "run": run.uri,
+            "measure": {"permutations": 20, "bootstrap": 200, "baselines": ["pca"], **measure},
+            "sae": [{"name": "standard", "dict_size": 40}],
+        }
     )
 
 
@@ -98,8 +102,16 @@ def test_artifacts_equal_numpy_on_the_whole_matrix(tmp_path: Path, ray_cluster: 
         exemplars = run.read_table(f"measure/{name}/exemplars.parquet").to_pandas()
         top = exemplars[(exemplars.neuron == 3) & (exemplars["rank"] == 0)].iloc[0]
         assert top.image_id == data.column("image_id")[z[:, 3].argmax()]
-    files = {f"measure/{n}/{f}" for n in ("raw", "standard") for f in ("neurons.parquet", "summary.json", "exemplars.parquet")}
+    files = {f"measure/{n}/{f}" for n in ("raw", "standard", "baseline-pca") for f in ("neurons.parquet", "summary.json", "exemplars.parquet")}
     assert set(result.outputs) == files | {"measure/headline.json"}
+    headline = run.read_json("measure/headline.json")
+    assert (headline["name"], headline["baseline"]) == ("standard", "raw")
+    assert [(c["name"], c["baseline"]) for c in headline["comparisons"]] == [
+        ("baseline-pca", "raw"),
+        ("standard", "raw"),
+        ("standard", "baseline-pca"),
+    ]
+    assert headline["correlation"]["low"] <= headline["correlation"]["value"] <= headline["correlation"]["high"]
     standard = run.read_json("measure/standard/summary.json")
     residual = data.x - features.decode(features.encode(data.x))
     centred = data.x.astype(np.float64) - data.x.astype(np.float64).mean(0)
