@@ -108,14 +108,18 @@ def test_k_aux_is_bounded_by_the_dead() -> None:
 
 def test_auxk_revives_dead_neurons() -> None:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(256, D, generator=generator)
+    width = 24
+    directions = torch.randn(60, width, generator=generator)
+    x = torch.rand(512, 60, generator=generator) * (torch.rand(512, 60, generator=generator) < 0.05) @ directions
+    x = x - x.mean(0)
+    x = x * (width / x.square().sum(1).mean()).sqrt()
     shares = {}
     for aux in (0.0, 1 / 32):
-        trainer = Trainer(SAEConfig(architecture="topk", dict_size=64, k=2, aux=aux, epochs=60, batch_size=64, lr=3e-3), D, len(x))
+        trainer = Trainer(SAEConfig(architecture="topk", dict_size=64, k=3, aux=aux, epochs=40, batch_size=64, lr=5e-3), width, len(x))
         with torch.no_grad():
             trainer.sae.W_enc[:48] *= 0.01  # never among the k
         for _ in range(trainer.steps):
-            trainer.step(x[torch.randperm(256, generator=generator)[:64]])
+            trainer.step(x[torch.randperm(512, generator=generator)[:64]])
         shares[aux] = float(trainer.dead.double().mean())
     assert shares[0.0] > 0.7
     assert shares[1 / 32] < 0.5 * shares[0.0]
