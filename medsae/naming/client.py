@@ -48,6 +48,16 @@ class Answer:
         return self.status.split(" ")[0] in TRANSIENT
 
 
+@dataclass(frozen=True)
+class Reply:
+    """What one attempt brought: `status` in words, `code` (None: no answer at all), the decoded `body` of a 200, seconds to wait where told."""
+
+    status: str
+    code: int | None = None
+    body: Any = None
+    retry_after: float | None = None
+
+
 @dataclass
 class Usage:
     """Running totals of a client."""
@@ -97,11 +107,14 @@ class ChatClient:
         limits = httpx.Limits(max_connections=self.concurrency + 2, max_keepalive_connections=self.concurrency + 2)
         # trust_env=False: images of patients must not wander through a proxy that some variable names.
         self._http = httpx.AsyncClient(base_url=base, headers=headers, timeout=self.timeout, limits=limits, trust_env=False)
-        self._slots = asyncio.Semaphore(self.concurrency)
-        self._jitter = random.Random(0)
+        self._begin()
         if self.model is None:
             self.model = (await self.models())[0]
         return self
+
+    def _begin(self) -> None:
+        self._slots = asyncio.Semaphore(self.concurrency)
+        self._jitter = random.Random(0)
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._http.aclose()
@@ -152,26 +165,32 @@ class ChatClient:
         return answer
 
     async def _send(self, body: dict[str, Any], schema: dict[str, Any] | None, choices: Sequence[str] | None) -> Answer:
-        data = json.dumps(body).encode()
-        headers = {"Content-Type": "application/json"}
-        status, wait = "connection", None
+        reply = Reply("connection")
         for attempt in range(1, self.retries + 2):
-            wait = None
-            try:
-                response = await self._http.post("/v1/chat/completions", content=data, headers=headers)
-            except httpx.TimeoutException:
-                status = "timeout"
-            except httpx.HTTPError:
-                status = "connection"
-            else:
-                if response.status_code == 200:
-                    return parse_answer(response, schema, choices, attempt)
-                status, wait = f"http {response.status_code}", _retry_after(response)
-                if response.status_code not in RETRY_STATUS:
-                    return Answer(_refusal(response), attempts=attempt)
+            reply = await self.post(body)
+            if reply.code == 200:
+                return parse_answer(reply.body, schema, choices, attempt)
+            if reply.code is not None and reply.code not in RETRY_STATUS:
+                return Answer(reply.status, attempts=attempt)
             if attempt <= self.retries:
+                wait = reply.retry_after
                 await asyncio.sleep(self._wait(attempt) if wait is None else min(wait, self.longest_wait) + self._jitter.random() * self.backoff)
-        return Answer(status, attempts=self.retries + 1)
+        return Answer(reply.status, attempts=self.retries + 1)
+
+    async def post(self, body: dict[str, Any]) -> Reply:
+        """Sends one request once."""
+        try:
+            response = await self._http.post("/v1/chat/completions", json=body)
+        except httpx.TimeoutException:
+            return Reply("timeout")
+        except httpx.HTTPError:
+            return Reply("connection")
+        if response.status_code != 200:
+            return Reply(status_of(response.status_code), response.status_code, None, _retry_after(response))
+        try:
+            return Reply("ok", 200, response.json())
+        except ValueError:
+            return Reply("ok", 200, None)
 
     def _wait(self, attempt: int) -> float:
         return min(self.backoff * 2.0 ** (attempt - 1), self.longest_wait) * (0.5 + self._jitter.random() / 2)
@@ -184,19 +203,19 @@ def _retry_after(response: httpx.Response) -> float | None:
         return None
 
 
-def _refusal(response: httpx.Response) -> str:
-    return {400: "refused", 413: "refused", 422: "refused"}.get(response.status_code, f"http {response.status_code}")
+def status_of(code: int) -> str:
+    """What an HTTP status says of a request: `refused` where the request itself is the reason."""
+    return "refused" if code in (400, 413, 422) else f"http {code}"
 
 
-def parse_answer(response: httpx.Response, schema: dict[str, Any] | None, choices: Sequence[str] | None, attempts: int = 1) -> Answer:
-    """A 200 of a chat endpoint as an Answer; whatever does not follow `schema` or `choices` is a failure with its reason, never a value."""
+def parse_answer(body: Any, schema: dict[str, Any] | None, choices: Sequence[str] | None, attempts: int = 1) -> Answer:
+    """The body of a chat endpoint's 200 as an Answer; whatever does not follow `schema` or `choices` is a failure with its reason, never a value."""
     try:
-        body = response.json()
         choice = body["choices"][0]
         text = choice["message"]["content"] or ""
         usage = body.get("usage") or {}
         details = usage.get("prompt_tokens_details") or {}
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (KeyError, IndexError, TypeError):
         return Answer("schema", attempts=attempts)
     bad = Answer(
         "schema",

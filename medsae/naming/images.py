@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import io
 import threading
 from collections import OrderedDict
+from typing import Protocol
 
 import pyarrow.fs as pafs
 from PIL import Image
 
 from medsae.artifacts import resolve
 from medsae.data import radiograph
+from medsae.errors import DataError
 
 
 def data_url(image: Image.Image, size: int) -> str:
@@ -23,6 +26,47 @@ def data_url(image: Image.Image, size: int) -> str:
     sink = io.BytesIO()
     image.save(sink, "JPEG", quality=92)
     return "data:image/jpeg;base64," + base64.b64encode(sink.getvalue()).decode()
+
+
+class ImageSource(Protocol):
+    """Where images come from. `size`: longest side in pixels of what is sent."""
+
+    size: int
+
+    def get(self, path: str) -> str:
+        """The image as a data URL; raises DataError where it cannot be read."""
+
+
+class RequestImages:
+    """Images of a request: data URLs as they came, or references to files under a root. Each is decoded, checked and encoded anew.
+
+    Args:
+        size: longest side in pixels.
+        store: reads references; None where the service has no data.
+    """
+
+    def __init__(self, size: int, store: ImageStore | None) -> None:
+        self.size, self.store = size, store
+
+    def get(self, path: str) -> str:
+        """A data URL or a reference as a data URL.
+
+        Raises:
+            DataError: it is neither, no image, or points out of the root.
+        """
+        if path.startswith("data:"):
+            head, comma, body = path.partition(",")
+            if not comma or not head.endswith(";base64"):
+                raise DataError("data URL without base64")
+            try:
+                return data_url(radiograph.decode(base64.b64decode(body, validate=True)), self.size)
+            except binascii.Error as error:
+                raise DataError("data URL is not base64") from error
+        if self.store is None:
+            raise DataError("the service has no data root: send the image as a data URL")
+        if "://" in path or path.startswith("/") or "\\" in path or ".." in path.split("/"):
+            raise DataError("not a path under the data root")
+        return self.store.get(path)
 
 
 class ImageStore:

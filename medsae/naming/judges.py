@@ -12,7 +12,7 @@ from medsae.artifacts import fingerprint
 from medsae.encoders.base import TextEncoder
 from medsae.errors import DataError
 from medsae.naming.client import Answer
-from medsae.naming.images import ImageStore
+from medsae.naming.images import ImageSource
 from medsae.naming.namers import Asker
 from medsae.naming.prompts import Prompt
 
@@ -113,7 +113,7 @@ class ChatJudge:
         self,
         asker: Asker,
         prompt: Prompt,
-        images: ImageStore,
+        images: ImageSource,
         image_id: np.ndarray,
         path: np.ndarray,
         model: str,
@@ -174,7 +174,7 @@ class IntruderJudge:
     method = "intruder"
 
     def __init__(
-        self, asker: Asker, prompt: Prompt, images: ImageStore, image_id: np.ndarray, path: np.ndarray, model: str, memory: Memory, shown: int = 5
+        self, asker: Asker, prompt: Prompt, images: ImageSource, image_id: np.ndarray, path: np.ndarray, model: str, memory: Memory, shown: int = 5
     ) -> None:
         self.asker, self.prompt, self.images, self.memory = asker, prompt, images, memory
         self.image_id, self.path, self.model, self.shown = image_id, path, model, shown

@@ -14,7 +14,7 @@ import pyarrow as pa
 from medsae.artifacts import NAME_SCHEMA, fingerprint
 from medsae.errors import DataError
 from medsae.naming.client import Answer, ChatClient, Usage
-from medsae.naming.images import ImageStore
+from medsae.naming.images import ImageSource
 from medsae.naming.prompts import Prompt
 
 NO_CONCEPT = "no shared concept"
@@ -134,7 +134,7 @@ class ChatNamer:
     Args:
         client: makes the (unopened) client.
         prompt: with the schema `NAME_ANSWER`.
-        images: reads images.
+        images: reads images, as `ImageStore` does.
         model: what to record as the model.
         max_tokens: of an answer; one that is cut off is a failure.
     """
@@ -142,7 +142,7 @@ class ChatNamer:
     name = "medgemma"
     costly = True
 
-    def __init__(self, client: Callable[[], ChatClient], prompt: Prompt, images: ImageStore, model: str, max_tokens: int = 300) -> None:
+    def __init__(self, client: Callable[[], ChatClient], prompt: Prompt, images: ImageSource, model: str, max_tokens: int = 300) -> None:
         self.client, self.prompt, self.images, self.model, self.max_tokens = client, prompt, images, model, max_tokens
 
     def key(self, subject: Subject) -> str:

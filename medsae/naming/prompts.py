@@ -23,7 +23,7 @@ KINDS = ("finding", "anatomy", "device", "position", "image quality", "other")
 NAME_ANSWER: dict[str, Any] = {
     "type": "object",
     "properties": {
-        "description": {"type": "string", "maxLength": 400},
+        "description": {"type": "string", "maxLength": 300},
         "shared": {"type": "boolean"},
         "concept": {"type": "string", "minLength": 1, "maxLength": 80},
         "kind": {"type": "string", "enum": list(KINDS)},

@@ -33,7 +33,19 @@ class ServiceConfig(Section):
     model_id: str = MODEL_ID
     """Id that requests name."""
     images: int = Field(16, gt=0)
-    """Most images a request."""
+    """Most images a prompt."""
+    image_size: int = Field(448, gt=0)
+    """Longest side, in pixels, of the images that `/v1/names` shows the model."""
+    data_root: str | None = None
+    """Folder or URI that references to images (`exemplars`) are relative to; without one, only images in the request."""
+    api_key_env: str | None = None
+    """Environment variable, on the machine of the ingress, that holds the key which requests must bear. Default: no key is asked for."""
+    max_body_mb: float = Field(64.0, gt=0)
+    """Largest body of a request."""
+    max_neurons: int = Field(256, gt=0)
+    """Most neurons in one `/v1/names` request."""
+    max_queued: int = Field(512, gt=0)
+    """Requests in work at an ingress; more get 429 with Retry-After."""
     accelerator: str | None = None
     """`cpu`, or a Ray accelerator type such as `L4` or `A100`; default: `cpu` where the cluster has no GPU, else any GPU."""
     replicas: int | None = Field(None, gt=0)
@@ -84,6 +96,8 @@ def llm_config(config: ServiceConfig, gpus: int) -> Any:
         "max_model_len": 8192,
         "limit_mm_per_prompt": {"image": config.images},
         "enable_prefix_caching": True,
+        # Images come in the request: the engine must not fetch addresses that a request names.
+        "allowed_media_domains": ["none.invalid"],
         # The backend must be named: without it, white space between the keys stays allowed and a weak model loops on it.
         "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
     }
@@ -114,16 +128,13 @@ def llm_config(config: ServiceConfig, gpus: int) -> Any:
 
 def build(args: dict[str, Any]) -> Application:
     """The Serve application; `args` are those of `ServiceConfig`. Usable as `import_path` of a Serve YAML."""
-    from ray.serve.llm import build_openai_app
-
+    try:
+        from medsae.pipeline.naming_ingress import application
+    except ImportError as error:
+        raise ConfigError(f"the naming service needs vLLM ({error.name} is missing): install medsae[gpu], or medsae[cpu] without a GPU") from error
+    config = service_config(args)
     gpus = int(ray.cluster_resources().get("GPU", 0)) if ray.is_initialized() else 0
-    app: Application = build_openai_app(
-        {
-            "llm_configs": [llm_config(service_config(args), gpus)],
-            # num_cpus 0: the engine's placement group may hold all CPUs of a small machine.
-            "ingress_deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}, "ray_actor_options": {"num_cpus": 0}},
-        }
-    )
+    app: Application = application(config, llm_config(config, gpus))
     return app
 
 

@@ -161,3 +161,40 @@ def test_errors_say_what_to_do(measured: tuple[RunConfig, RunDir], tmp_path: Pat
     tree["name"] |= {"namer": "medgemma", "prompt": "no-such-prompt"}
     with pytest.raises(ConfigError, match="neither one of the package's"):
         name.run(validate_config(tree), RunDir(config.run))
+
+
+def test_a_killed_job_goes_on_where_it_was(measured: tuple[RunConfig, RunDir], url: str, script: Script, tmp_path: Path) -> None:
+    import os
+    import signal
+    import subprocess
+    import sys
+    import time
+
+    import ray
+    import yaml
+
+    config, run = measured
+    fresh(run)
+    tree = with_service(config, url, concurrency=1).model_dump(mode="json")
+    # The job joins this test's cluster: a SIGKILL leaves no processes behind.
+    tree["ray"]["address"] = ray.get_runtime_context().gcs_address
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    script.delay = 0.3
+    job = subprocess.Popen([sys.executable, "-m", "medsae.cli", "name", str(tmp_path / "config.yaml")], start_new_session=True)
+    try:
+        end = time.monotonic() + 90
+        while len(AnswerLog(run, "names/.answers/standard").read()) < 3 and time.monotonic() < end:
+            assert job.poll() is None
+            time.sleep(0.05)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    kept = len(AnswerLog(run, "names/.answers/standard").read())
+    assert kept >= 3
+    assert not run.exists("names/standard.parquet")
+    script.delay = 0.0
+    time.sleep(0.5)
+    before = script.answered
+    result = name.run(with_service(config, url), run)
+    assert result.counts["resumed"] == kept
+    assert script.answered - before == result.counts["neurons"] - kept

@@ -17,7 +17,14 @@ ENGINE = {
 }
 """Engine arguments for this directory on a CPU."""
 
-ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # The first request for log-probabilities compiles a kernel of the sampler: 20 s on two cores.
+    "TORCHDYNAMO_DISABLE": "1",
+}
 """Environment of the engine's processes on a small machine."""
 
 _NEWLINES = ["\n" * n for n in range(1, 5)]

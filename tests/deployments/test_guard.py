@@ -1,0 +1,86 @@
+"""Key, body size and queue of the naming ingress, without an engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Iterator
+
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from starlette.testclient import TestClient
+
+from medsae.errors import ConfigError
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (extras gpu or cpu)")
+
+
+async def echo(request: Request) -> JSONResponse:
+    return JSONResponse({"size": len(await request.body())})
+
+
+def client(**options: object) -> TestClient:
+    from medsae.pipeline.naming_ingress import Guard
+
+    app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
+    app.add_middleware(Guard, **{"key_env": None, "max_body": 100, "max_queued": 4, **options})
+    return TestClient(app)
+
+
+def test_the_key_is_asked_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("A_KEY", "right")
+    http = client(key_env="A_KEY")
+    assert http.get("/").status_code == 401
+    assert http.post("/", content=b"x", headers={"Authorization": "Bearer wrong"}).status_code == 401
+    assert http.post("/", content=b"x", headers={"Authorization": "Basic right"}).status_code == 401
+    assert http.post("/", content=b"x", headers={"Authorization": "Bearer right"}).json() == {"size": 1}
+
+
+def test_a_key_that_is_not_set_keeps_the_service_down() -> None:
+    from medsae.pipeline.naming_ingress import api_key
+
+    with pytest.raises(ConfigError, match="which is not set"):
+        api_key("A_VARIABLE_THAT_IS_NOT_SET")
+    assert api_key(None) is None
+
+
+def test_large_bodies_are_refused_announced_or_not() -> None:
+    http = client()
+    assert http.post("/", content=b"x" * 100).json() == {"size": 100}
+    assert http.post("/", content=b"x" * 101).status_code == 413
+
+    def pieces() -> Iterator[bytes]:
+        for _ in range(11):
+            yield b"x" * 10
+
+    assert http.post("/", content=pieces()).status_code == 413
+
+
+def test_a_full_queue_answers_429_and_frees_again() -> None:
+    gate, entered = threading.Event(), threading.Barrier(3)
+
+    def wait(request: Request) -> JSONResponse:
+        entered.wait(10)
+        gate.wait(10)
+        return JSONResponse({})
+
+    from medsae.pipeline.naming_ingress import Guard
+
+    app = Starlette(routes=[Route("/", wait, methods=["POST"])])
+    app.add_middleware(Guard, key_env=None, max_body=100, max_queued=2)
+    with TestClient(app) as http:
+        codes: list[int] = []
+        threads = [threading.Thread(target=lambda: codes.append(http.post("/", content=b"x").status_code)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        entered.wait(10)
+        full = http.post("/", content=b"x")
+        assert full.status_code == 429
+        assert int(full.headers["Retry-After"]) > 0
+        gate.set()
+        for thread in threads:
+            thread.join(10)
+        assert codes == [200, 200]
