@@ -1,0 +1,232 @@
+"""The report's figures, drawn by matplotlib as SVG.
+
+Every colour is one of `PALETTE`. In the page each becomes a CSS variable, so that one drawing serves light and dark; the files keep the light colours.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from scipy.cluster.hierarchy import leaves_list, linkage
+
+from medsae.report.load import Measured
+
+PALETTE = {
+    "ink": "#1c2126",
+    "muted": "#5d6873",
+    "line": "#dce1e6",
+    "raw": "#c2761a",
+    "sae-1": "#0d7a74",
+    "sae-2": "#5b4bc4",
+    "sae-3": "#b83280",
+    "sae-4": "#5f8f1f",
+    "base": "#8a949e",
+}
+"""CSS variable to its colour in the light scheme."""
+
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "medsae",
+    "font.family": "DejaVu Sans",
+    "font.size": 9.5,
+    "text.color": PALETTE["ink"],
+    "axes.edgecolor": PALETTE["muted"],
+    "axes.labelcolor": PALETTE["muted"],
+    "axes.titlecolor": PALETTE["ink"],
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "xtick.color": PALETTE["muted"],
+    "ytick.color": PALETTE["muted"],
+    "xtick.labelsize": 9,
+    "ytick.labelsize": 9,
+    "xtick.major.size": 3,
+    "ytick.major.size": 0,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "grid.color": PALETTE["line"],
+    "grid.linewidth": 0.8,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+}
+
+
+def colours(measured: list[Measured]) -> dict[str, str]:
+    """Name under `measure/` to its palette entry: raw has its own, SAEs take turns."""
+    saes = [m.name for m in measured if not m.is_raw]
+    return {m.name: "raw" if m.is_raw else f"sae-{saes.index(m.name) % 4 + 1}" for m in measured}
+
+
+@contextmanager
+def _figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots()
+
+
+def to_svg(figure: Figure) -> bytes:
+    """A figure as SVG without a date, so that the same figure gives the same bytes."""
+    sink = io.BytesIO()
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(sink, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return sink.getvalue()
+
+
+def inline(svg: bytes, name: str, alt: str) -> str:
+    """An SVG file as an element of the page: no prologue, no address, ids of its own, colours and font from the page's style sheet."""
+    from html import escape
+
+    text = svg.decode()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+    text = text.replace("xlink:href=", "href=")
+    text = re.sub(r'\bid="', f'id="{name}-', text)
+    text = re.sub(r'href="#', f'href="#{name}-', text)
+    text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", text)
+    for variable, colour in PALETTE.items():
+        text = text.replace(colour, f"var(--{variable})")
+    label = escape(alt, quote=True)
+    return re.sub(r'<svg width="([\d.]+)pt" height="[\d.]+pt"', rf'<svg role="img" aria-label="{label}" style="--width: \1px"', text, count=1)
+
+
+def dumbbell(raw: Measured | None, saes: list[Measured]) -> Figure:
+    """For every label the best raw feature's and the best SAE neuron's correlation, joined; sorted by the first SAE's."""
+    sets = ([raw] if raw else []) + saes
+    colour = colours(sets)
+    labels = [label for label in sets[0].labels if any(m.best(label) for m in sets)]
+    labels.sort(key=lambda label: (saes[0].best(label) or {"r": -1.0})["r"])
+    with _figure(7.4, 0.9 + 0.3 * len(labels)) as (figure, ax):
+        for y, label in enumerate(labels):
+            values = [cell["r"] for m in sets if (cell := m.best(label))]
+            ax.plot([min(values), max(values)], [y, y], color=PALETTE["line"], linewidth=3.2, solid_capstyle="round", zorder=1)
+        for m in sets:
+            points = [(cell["r"], y) for y, label in enumerate(labels) if (cell := m.best(label))]
+            xs, ys = zip(*points, strict=True) if points else ((), ())
+            marker = "D" if m.is_raw else "o"
+            ax.scatter(xs, ys, s=30 if m.is_raw else 48, marker=marker, color=PALETTE[colour[m.name]], label=m.title, zorder=3)
+        ax.set_yticks(range(len(labels)), labels)
+        ax.tick_params(axis="y", colors=PALETTE["ink"], labelsize=9.5)
+        ax.set_xlabel("highest correlation of one neuron with the label")
+        ax.set_ylim(-0.6, len(labels) - 0.4)
+        ax.grid(axis="x")
+        ax.grid(False, axis="y")
+        ax.spines["left"].set_visible(False)
+        figure.legend(loc="outside upper right", ncols=len(sets), handletextpad=0.2)
+    return figure
+
+
+def heat_map(m: Measured, colour: str, neurons: list[int]) -> Figure:
+    """Correlations of neurons (columns) with labels (rows), both in the order of average-linkage clustering.
+
+    The colour's strength is |r|: one hue above zero, the other below, so that zero is the page itself.
+    """
+    r = np.nan_to_num(m.r[neurons]).T
+    rows, columns = _leaf_order(r), _leaf_order(r.T)
+    r = r[rows][:, columns]
+    top = max(float(np.abs(r).max()), 1e-9)
+    with _figure(10.6, 1.25 + 0.25 * len(rows)) as (figure, ax):
+        for (i, j), value in np.ndenumerate(r):
+            hue = PALETTE[colour] if value >= 0 else PALETTE["raw"]
+            ax.add_patch(matplotlib.patches.Rectangle((j - 0.47, i - 0.46), 0.94, 0.92, facecolor=hue, alpha=abs(float(value)) / top, linewidth=0))
+        ax.set_xlim(-0.5, len(columns) - 0.5)
+        ax.set_ylim(len(rows) - 0.5, -0.5)
+        ax.set_yticks(range(len(rows)), [m.labels[i] for i in rows])
+        ax.set_xticks(range(len(columns)), [str(neurons[j]) for j in columns], rotation=90)
+        ax.tick_params(axis="y", colors=PALETTE["ink"], labelsize=9)
+        ax.tick_params(axis="x", length=0, labelsize=7.5)
+        ax.set_xlabel("neuron")
+        ax.grid(False)
+        for side in ("left", "bottom"):
+            ax.spines[side].set_visible(False)
+        _heat_key(ax, colour, top)
+    return figure
+
+
+def _heat_key(ax: Axes, colour: str, top: float) -> None:
+    """Nine swatches from -top to +top above the map, at the right."""
+    key = ax.inset_axes((0.78, 1.02, 0.22, 0.05 * 14 / max(ax.get_ylim()[0] + 0.5, 1)))
+    for k, value in enumerate(np.linspace(-1, 1, 9)):
+        hue = PALETTE[colour] if value >= 0 else PALETTE["raw"]
+        key.add_patch(matplotlib.patches.Rectangle((k, 0), 1, 1, facecolor=hue, alpha=abs(float(value)), linewidth=0))
+    key.set_xlim(0, 9)
+    key.set_ylim(0, 1)
+    key.set_yticks([])
+    key.set_xticks([0.5, 4.5, 8.5], [f"r = −{top:.2f}", "0", f"+{top:.2f}"])
+    key.xaxis.tick_top()
+    key.tick_params(axis="x", length=0, labelsize=8)
+    key.grid(False)
+    for spine in key.spines.values():
+        spine.set_visible(False)
+
+
+def _leaf_order(profiles: np.ndarray) -> list[int]:
+    if len(profiles) < 3:
+        return list(range(len(profiles)))
+    return [int(i) for i in leaves_list(linkage(profiles, "average", optimal_ordering=True))]
+
+
+def histogram(sets: list[Measured], values: Callable[[Measured], np.ndarray], xlabel: str, log: bool = False) -> Figure | None:
+    """Shares of neurons over one figure of theirs, a curve for each of `sets`; None where no neuron has the figure."""
+    colour = colours(sets)
+    data = {m.name: v[np.isfinite(v)] for m in sets for v in [np.asarray(values(m), dtype=np.float64)]}
+    if log:
+        data = {name: np.log10(v[v > 0]) for name, v in data.items()}
+    if not any(len(v) for v in data.values()):
+        return None
+    everything = np.concatenate(list(data.values()))
+    low, high = float(everything.min()), float(everything.max())
+    edges = np.linspace(low, high if high > low else low + 1e-6, 25)
+    with _figure(3.5, 2.5) as (figure, ax):
+        for m in sets:
+            v = data[m.name]
+            if len(v):
+                weights = np.full(len(v), 1 / len(v))
+                style = {"color": PALETTE[colour[m.name]], "weights": weights}
+                ax.hist(v, edges, histtype="stepfilled", alpha=0.16, linewidth=0, **style)
+                ax.hist(v, edges, histtype="step", linewidth=1.6, label=m.title, **style)
+        ax.set_xlabel(xlabel)
+        ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
+        if log:
+            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
+            ax.xaxis.set_major_formatter(lambda x, _: f"{10**x:g}")
+    return figure
+
+
+def training_curve(saes: list[Measured], key: str, title: str) -> Figure | None:
+    """One logged quantity over training, a curve an SAE; None where none logged it."""
+    colour = colours(saes)
+    curves = {m.name: _curve(m.training, key) for m in saes}
+    if not any(len(x) > 1 for x, _ in curves.values()):
+        return None
+    with _figure(3.5, 2.2) as (figure, ax):
+        for m in saes:
+            x, y = curves[m.name]
+            ax.plot(x, y, color=PALETTE[colour[m.name]], linewidth=1.6, label=m.title)
+        positive = np.concatenate([y for _, y in curves.values()])
+        if positive.min() > 0 and positive.max() / positive.min() > 50:
+            ax.set_yscale("log")
+        ax.set_title(title)
+        ax.set_xlabel("epoch" if any("epoch" in row for m in saes for row in m.training) else "step")
+    return figure
+
+
+def _curve(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row.get("epoch", row.get("step", i)), row[key]) for i, row in enumerate(rows) if isinstance(row.get(key), int | float)]
+    array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
+    array = array[np.isfinite(array).all(axis=1)]
+    return array[:, 0], array[:, 1]

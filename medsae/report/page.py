@@ -1,0 +1,274 @@
+"""The report: artifacts to one self-contained HTML page and figure files."""
+
+from __future__ import annotations
+
+import math
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import yaml
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from medsae.artifacts import RunDir
+from medsae.report import figures
+from medsae.report.config import ReportConfig
+from medsae.report.load import Measured, ReportData, read_report_data
+from medsae.report.thumbnails import Thumbnails
+
+HEAT_MAP_NEURONS = 40
+TRAINING_KEYS = {"loss": "loss", "fvu": "unexplained variance (FVU)", "l0": "active neurons an image (L0)", "dead": "dead neurons"}
+TOP_LABELS = 4
+
+
+def build_report(run: RunDir, config: ReportConfig, data_root: str) -> dict[str, bytes]:
+    """Makes the report of a run from its artifacts and the images of `data_root`, and writes nothing.
+
+    Returns:
+        Path relative to the run to content: `report/index.html`, which needs no other file, and the figures (`report/*.svg`).
+
+    Raises:
+        ArtifactError: nothing was measured yet, or an artifact lacks what `docs/artifacts.md` promises.
+    """
+    data = read_report_data(run)
+    files: dict[str, bytes] = {}
+    page = _Page(data, config, Thumbnails(data_root), files)
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters.update(num=num, percent=percent, count=count)
+    template = environment.from_string(_resource("report.html"))
+    html = template.render(page.context(), css=Markup(_resource("report.css")))
+    files["report/index.html"] = html.encode()
+    return files
+
+
+def _resource(name: str) -> str:
+    return resources.files("medsae.report").joinpath(name).read_text()
+
+
+def num(value: Any, digits: int = 2) -> str:
+    """A number for people, with a true minus; an en dash where it is undefined."""
+    if not isinstance(value, int | float | np.number) or not math.isfinite(value):
+        return "–"
+    return f"{value:.{digits}f}".replace("-", "−")
+
+
+def percent(value: Any, digits: int = 0) -> str:
+    """A share as a percentage."""
+    return "–" if num(value) == "–" else f"{num(100 * value, digits)} %"
+
+
+def count(value: Any) -> str:
+    """An integer with thin spaces between thousands."""
+    return "–" if num(value) == "–" else f"{int(value):,}".replace(",", "\u202f")
+
+
+class _Page:
+    """Turns what was read into what the template shows."""
+
+    def __init__(self, data: ReportData, config: ReportConfig, thumbnails: Thumbnails, files: dict[str, bytes]) -> None:
+        self.data, self.config, self.thumbnails, self.files = data, config, thumbnails, files
+        self.colours = figures.colours(data.all)
+
+    def context(self) -> dict[str, Any]:
+        data = self.data
+        main = best_sae(data)
+        cards = {m.name: self.cards(m) for m in data.saes}
+        return {
+            "title": self.config.title,
+            "data": data,
+            "notice": data.notice,
+            "facts": self.facts(),
+            "headline": headline(data),
+            "main": main,
+            "colours": self.colours,
+            "table": self.table({name: {c["neuron"] for c in found} for name, found in cards.items()}),
+            "means": [m.summary.get("paper_mean") or {} for m in data.all],
+            "dumbbell": self.figure("best-per-label", figures.dumbbell(data.raw, data.saes), self.dumbbell_alt()),
+            "heat_maps": self.heat_maps(),
+            "distributions": self.distributions(),
+            "training": self.training(),
+            "cards": cards,
+            "unreadable": len(self.thumbnails.failures),
+            "unreadable_reasons": sorted(set(self.thumbnails.failures.values())),
+            "rejects": sorted(data.rejects.items(), key=lambda item: (-item[1], item[0])),
+            "config_yaml": yaml.safe_dump(data.manifest.get("config") or {}, sort_keys=False, allow_unicode=True),
+        }
+
+    def figure(self, name: str, figure: Figure | None, alt: str) -> Markup | None:
+        """Keeps a figure as a file and returns it as an element of the page."""
+        if figure is None:
+            return None
+        svg = figures.to_svg(figure)
+        self.files[f"report/{name}.svg"] = svg
+        return Markup(figures.inline(svg, name, alt))
+
+    def facts(self) -> list[tuple[str, str]]:
+        data, manifest = self.data, self.data.manifest
+        encoder, summary = data.encoder, data.saes[0].summary
+        facts = [
+            ("Encoder", f"{encoder.get('name', 'unknown')}, {encoder.get('dim', '?')} features"),
+            ("Weights", "trained" if encoder.get("trained") else "not trained"),
+            (
+                "Images measured",
+                f"{count(summary.get('n_images'))} ({ {'eval': 'held-out patients', 'train': 'training patients'}.get(str(summary.get('split')), 'all patients') })",
+            ),
+            ("Labels", str(len(data.labels))),
+        ]
+        facts += [(f"SAE {m.name}", f"{count(m.n_neurons)} neurons") for m in data.saes]
+        facts.append(("Left out", f"{count(sum(data.rejects.values()))} files"))
+        facts.append(("Seed", str(manifest.get("seed", "–"))))
+        facts.append(("MedSAE", str((manifest.get("versions") or {}).get("medsae", "–"))))
+        started = [s["started"] for s in manifest.get("stages", {}).values() if s.get("started")]
+        if started:
+            facts.append(("Run begun", min(started)[:10]))
+        return facts
+
+    def table(self, carded: dict[str, set[int]]) -> list[dict[str, Any]]:
+        """The paper's table: a row a label, a cell a feature set; `best` marks the highest correlation of the row."""
+        rows = []
+        for label in self.data.labels:
+            cells = [(m, m.best(label)) for m in self.data.all]
+            top = max((round(cell["r"], 2) for _, cell in cells if cell), default=math.nan)
+            positives = (self.data.saes[0].summary.get("label_counts") or {}).get(label, {}).get("positive")
+            rows.append(
+                {
+                    "label": label,
+                    "positives": positives,
+                    "cells": [
+                        {
+                            "r": cell["r"],
+                            "entropy": cell["entropy"],
+                            "neuron": cell["neuron"],
+                            "best": round(cell["r"], 2) == top,
+                            "anchor": f"{m.name}-{cell['neuron']}" if cell["neuron"] in carded.get(m.name, ()) else None,
+                        }
+                        if cell
+                        else None
+                        for m, cell in cells
+                    ],
+                }
+            )
+        return rows
+
+    def dumbbell_alt(self) -> str:
+        parts = []
+        for label in self.data.labels:
+            values = [f"{m.title} {num(cell['r'])}" for m in self.data.all if (cell := m.best(label))]
+            parts.append(f"{label}: {', '.join(values)}")
+        return "Highest correlation of one neuron with each label. " + "; ".join(parts)
+
+    def heat_maps(self) -> list[dict[str, Any]]:
+        found = []
+        for m in self.data.saes:
+            neurons = m.ranked(HEAT_MAP_NEURONS)
+            if not neurons:
+                continue
+            alt = f"Heat map of the correlations of {len(neurons)} neurons of {m.name} with {len(m.labels)} labels, both clustered; all values are in measure/{m.name}/neurons.parquet."
+            figure = figures.heat_map(m, self.colours[m.name], neurons)
+            found.append({"name": m.name, "count": len(neurons), "svg": self.figure(f"heat-map-{m.name}", figure, alt)})
+        return found
+
+    def distributions(self) -> list[dict[str, Any]]:
+        """Entropy of neurons that pass the paper's rule, highest correlation, and how often neurons fire."""
+        sets = self.data.all
+        panels = [
+            (
+                "entropy",
+                "Entropy over labels",
+                "entropy (lower: one label only)",
+                sets,
+                lambda m: m.columns["entropy"][m.columns["alive"].astype(bool)],
+                False,
+            ),
+            ("correlation", "Highest correlation", "highest r of a neuron with any label", sets, lambda m: m.columns["top_r"], False),
+            ("frequency", "How often neurons fire", "share of images a neuron fires on", self.data.saes, lambda m: m.columns["frequency"], True),
+        ]
+        if any(np.isfinite(m.columns.get("monosemanticity", np.array([np.nan])).astype(np.float64)).any() for m in sets):
+            panels.append(("monosemanticity", "Monosemanticity", "monosemanticity score", sets, lambda m: m.columns["monosemanticity"], False))
+        found = []
+        for key, title, xlabel, of, values, log in panels:
+            medians = [f"{m.title} {num(_median(values(m)), 3)}" for m in of]
+            alt = f"{title}: share of neurons over {xlabel}. Medians: {', '.join(medians)}."
+            svg = self.figure(f"distribution-{key}", figures.histogram(of, values, xlabel, log), alt)
+            found.append({"title": title, "svg": svg, "medians": list(zip(of, medians, strict=True))})
+        return found
+
+    def training(self) -> list[Markup]:
+        found = []
+        for key, title in TRAINING_KEYS.items():
+            svg = self.figure(f"training-{key}", figures.training_curve(self.data.saes, key, title), f"Training curve: {title}.")
+            if svg is not None:
+                found.append(svg)
+        return found
+
+    def cards(self, m: Measured) -> list[dict[str, Any]]:
+        cards = []
+        for neuron in m.ranked(self.config.cards):
+            order = [int(c) for c in np.argsort(-np.nan_to_num(np.abs(m.r[neuron])), kind="stable")[:TOP_LABELS]]
+            strongest = max((abs(float(m.r[neuron, c])) for c in order if np.isfinite(m.r[neuron, c])), default=1.0) or 1.0
+            bars = [(m.labels[c], float(m.r[neuron, c]), 100 * abs(float(np.nan_to_num(m.r[neuron, c]))) / strongest) for c in order]
+            named = m.names.get(neuron)
+            images = [
+                {"uri": self.thumbnails.uri(row["path"]), "activation": row["activation"]}
+                for row in m.exemplars.get(neuron, [])[: self.config.images]
+            ]
+            cards.append(
+                {
+                    "neuron": neuron,
+                    "id": f"{m.name}-{neuron}",
+                    "name": named,
+                    "images": images,
+                    "bars": bars,
+                    "wins": [label for label in m.labels if (cell := m.best(label)) and cell["neuron"] == neuron],
+                    **{key: float(m.columns[key][neuron]) for key in ("top_r", "entropy", "frequency")},
+                    "top_label": str(m.columns["top_label"][neuron]),
+                    "n_active": int(m.columns["n_active"][neuron]) if "n_active" in m.columns else None,
+                }
+            )
+        return cards
+
+
+def _median(values: np.ndarray) -> float:
+    values = np.asarray(values, dtype=np.float64)
+    values = values[np.isfinite(values)]
+    return float(np.median(values)) if len(values) else math.nan
+
+
+def _mean(m: Measured, key: str) -> float:
+    value = (m.summary.get("paper_mean") or {}).get(key)
+    return float(value) if value is not None else math.nan
+
+
+def best_sae(data: ReportData) -> Measured:
+    """The SAE that the headline speaks of: highest mean correlation of the paper's table."""
+    return max(data.saes, key=lambda m: np.nan_to_num(_mean(m, "r"), nan=-np.inf))
+
+
+def headline(data: ReportData) -> dict[str, Any]:
+    """What the numbers say, in words: a claim, the figures behind it and what keeps it from being more than that."""
+    main, raw = best_sae(data), data.raw
+    if raw is None:
+        claim = f"The best neurons of {main.name} reach a mean correlation of {num(_mean(main, 'r'))} with the labels."
+        return {"claim": claim, "detail": "The encoder's own features were not measured, so there is nothing to compare with.", "caution": None}
+    pairs = [(a["r"], b["r"]) for label in data.labels if (a := main.best(label)) and (b := raw.best(label))]
+    ahead = sum(a > b for a, b in pairs)
+    gap = _mean(main, "r") - _mean(raw, "r")
+    if not math.isfinite(gap):
+        return {"claim": "No label has a defined correlation on these images.", "detail": "See the label counts in the table.", "caution": None}
+    if ahead == len(pairs):
+        claim = f"For every one of {len(pairs)} labels, one SAE neuron follows it more closely than any raw feature does."
+    elif gap > 0:
+        claim = f"For {ahead} of {len(pairs)} labels, one SAE neuron follows the label more closely than any raw feature does."
+    else:
+        claim = f"The SAE's neurons follow the labels no more closely than raw features do: ahead on {ahead} of {len(pairs)}."
+    detail = (
+        f"On average the best neuron of {main.name} correlates with r = {num(_mean(main, 'r'))} at entropy {num(_mean(main, 'entropy'))}, "
+        f"the best raw feature with r = {num(_mean(raw, 'r'))} at entropy {num(_mean(raw, 'entropy'))}."
+    )
+    caution = (
+        f"The best of {count(main.n_neurons)} neurons stands beside the best of {count(raw.n_neurons)} features, chosen on the images it is reported on. "
+        "More candidates reach a higher maximum by chance alone, so this difference by itself settles nothing."
+    )
+    return {"claim": claim, "detail": detail, "caution": caution}
