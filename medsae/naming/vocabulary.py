@@ -74,9 +74,13 @@ def load_vocabulary(name: str, encoder: Any = None) -> Vocabulary:
 
 
 def _own_vocabulary(concepts: Mapping[str, str] | Sequence[str]) -> Vocabulary:
-    """Of an encoder: terms, or terms to texts."""
+    """Of an encoder: terms, or terms to texts; the kinds are those of the package's vocabularies where a term stands in one."""
     texts = concepts if isinstance(concepts, Mapping) else {c: c for c in concepts}
-    return Vocabulary("encoder", tuple(texts), ("",) * len(texts), tuple(str(t) for t in texts.values()))
+    kinds: dict[str, str] = {}
+    for name in ("chest", "phantom"):
+        known = load_vocabulary(name)
+        kinds |= dict(zip(known.terms, known.kinds, strict=True))
+    return Vocabulary("encoder", tuple(texts), tuple(kinds.get(t, "other") for t in texts), tuple(str(t) for t in texts.values()))
 
 
 def centred_unit(x: np.ndarray, centre: np.ndarray) -> np.ndarray:

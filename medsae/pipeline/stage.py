@@ -31,7 +31,10 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 LABEL_POLICY = {"uncertain", "blank"}
 """Keys of `data` that only readers of labels apply: they do not make embeddings stale."""
 
-SPEED_ONLY = {"encoder": {"actors", "batch_size", "rows_per_part"}}
+SPEED_ONLY = {
+    "encoder": {"actors", "batch_size", "rows_per_part"},
+    "name": {"url", "api_key_env", "concurrency", "retries", "timeout", "environment"},
+}
 """Keys that change how fast, not what."""
 
 

@@ -78,6 +78,9 @@ def test_vocabularies_are_whole() -> None:
     chest = load_vocabulary("chest")
     assert len(chest.terms) > 100
     assert set(chest.kinds) == {"finding", "anatomy", "device", "position", "image quality", "other"}
+    from medsae.encoders.phantom_text import concept_vocabulary
+
+    assert set(load_vocabulary("phantom").terms) == set(concept_vocabulary())
     with pytest.raises(ConfigError, match="twice"):
         parse_vocabulary("x", "edema\nEdema")
     with pytest.raises(ConfigError, match="unknown kind"):
@@ -89,7 +92,9 @@ def test_vocabularies_are_whole() -> None:
         def concept_vocabulary(self) -> dict[str, str]:
             return {"edema": "a radiograph with edema", "nodule": "a radiograph with a nodule"}
 
-    assert load_vocabulary("auto", Own()).texts[0] == "a radiograph with edema"
+    own = load_vocabulary("auto", Own())
+    assert own.texts[0] == "a radiograph with edema"
+    assert own.kinds == ("other", "other")
     assert load_vocabulary("auto", object()).name == "chest"
 
 

@@ -37,8 +37,8 @@ _TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'mo
 {% endif %}"""
 
 
-def write_tiny_gemma3(directory: Path, image_size: int = 56) -> Path:
-    """Writes the directory and returns it."""
+def write_tiny_gemma3(directory: Path, image_size: int = 56, hidden: int = 64, layers: int = 2) -> Path:
+    """Writes the directory and returns it. `hidden` (a multiple of 32) and `layers` make it as heavy as a benchmark wants it."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
 
@@ -66,10 +66,10 @@ def write_tiny_gemma3(directory: Path, image_size: int = 56) -> Path:
     config = Gemma3Config(
         text_config={
             "vocab_size": len(fast),
-            "hidden_size": 64,
-            "intermediate_size": 128,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
+            "hidden_size": hidden,
+            "intermediate_size": 2 * hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": hidden // 32,
             "num_key_value_heads": 1,
             "head_dim": 32,
             "max_position_embeddings": 8192,
