@@ -34,8 +34,10 @@ def usable(measured: Measured) -> np.ndarray:
     return np.asarray(~np.isnan(measured.signed.r).any(0))
 
 
-def _interval(value: np.ndarray, draws: np.ndarray, keep: np.ndarray) -> dict[str, float] | None:
-    return Interval.of(value[keep].mean(), draws[:, keep].mean(1)).as_dict() if keep.any() else None
+def mean_interval(value: np.ndarray, draws: np.ndarray, keep: np.ndarray | list[int]) -> dict[str, float] | None:
+    """Mean over the kept columns of values [K], with the interval of its draws [B, K]; None where none is kept."""
+    kept = value[keep]
+    return Interval.of(kept.mean(), draws[:, keep].mean(1)).as_dict() if len(kept) else None
 
 
 def selected_figures(measured: Measured, labels: list[str]) -> dict[str, Any]:
@@ -55,10 +57,10 @@ def selected_figures(measured: Measured, labels: list[str]) -> dict[str, Any]:
     return {
         "labels": rows,
         "mean": {
-            "r": _interval(measured.signed.mean_r, measured.draws_signed[0], keep),
-            "entropy": _interval(measured.signed.mean_entropy, measured.draws_signed[1], keep),
-            "r_either_sign": _interval(measured.either.mean_r, measured.draws_either[0], keep),
-            "entropy_either_sign": _interval(measured.either.mean_entropy, measured.draws_either[1], keep),
+            "r": mean_interval(measured.signed.mean_r, measured.draws_signed[0], keep),
+            "entropy": mean_interval(measured.signed.mean_entropy, measured.draws_signed[1], keep),
+            "r_either_sign": mean_interval(measured.either.mean_r, measured.draws_either[0], keep),
+            "entropy_either_sign": mean_interval(measured.either.mean_entropy, measured.draws_either[1], keep),
         },
     }
 
@@ -107,10 +109,10 @@ def compare(ours: Measured, base: Measured, labels: list[str], draws: int, seed:
         "baseline": base.name,
         "neurons": len(ours.whole),
         "baseline_neurons": len(base.whole),
-        "correlation": _interval(difference, difference_draws, keep),
-        "entropy": _interval(ours.signed.mean_entropy - base.signed.mean_entropy, ours.draws_signed[1] - base.draws_signed[1], keep),
-        "correlation_either_sign": _interval(ours.either.mean_r - base.either.mean_r, ours.draws_either[0] - base.draws_either[0], keep),
-        "entropy_either_sign": _interval(ours.either.mean_entropy - base.either.mean_entropy, ours.draws_either[1] - base.draws_either[1], keep),
+        "correlation": mean_interval(difference, difference_draws, keep),
+        "entropy": mean_interval(ours.signed.mean_entropy - base.signed.mean_entropy, ours.draws_signed[1] - base.draws_signed[1], keep),
+        "correlation_either_sign": mean_interval(ours.either.mean_r - base.either.mean_r, ours.draws_either[0] - base.draws_either[0], keep),
+        "entropy_either_sign": mean_interval(ours.either.mean_entropy - base.either.mean_entropy, ours.draws_either[1] - base.draws_either[1], keep),
         "labels_won": int((difference[keep] > 0).sum()),
         "labels_used": int(keep.sum()),
         "labels_left_out": [label for c, label in enumerate(labels) if not keep[c]],

@@ -94,7 +94,7 @@ class PatientSums:
 
     Args:
         activations: [n, k] of the few neurons.
-        targets: [n, C], 0 or 1, NaN where missing.
+        targets: [n, C], NaN where missing.
         patients: patient index [n], 0 to P - 1.
     """
 
@@ -109,23 +109,23 @@ class PatientSums:
         y = np.where(given, targets, 0.0)
         mask = given.astype(float)
         self.k, self.c = a.shape[1], y.shape[1]
-        self.shared = np.hstack([gather @ mask, gather @ y])
+        self.shared = np.hstack([gather @ mask, gather @ y, gather @ y**2])
         self.each = [np.hstack([gather @ (a[:, [j]] * mask), gather @ (a[:, [j]] ** 2 * mask), gather @ (a[:, [j]] * y)]) for j in range(self.k)]
 
     def correlations(self, weights: np.ndarray) -> np.ndarray:
         """Pearson correlations [B, k, C] under patient weights [B, P]; 0 where undefined."""
         c = self.c
         shared = weights @ self.shared
-        n, y = shared[:, :c], shared[:, c:]
+        n, y, y2 = shared[:, :c], shared[:, c : 2 * c], shared[:, 2 * c :]
         out = np.zeros((len(weights), self.k, c))
         for j, sums in enumerate(self.each):
             total = weights @ sums
             s, q, sy = total[:, :c], total[:, c : 2 * c], total[:, 2 * c :]
             with np.errstate(invalid="ignore", divide="ignore"):
                 co = sy - s * y / n
-                va, vy = q - s**2 / n, y - y**2 / n
+                va, vy = q - s**2 / n, y2 - y**2 / n
                 r = co / np.sqrt(va * vy)
-            out[:, j] = np.where((va > 1e-9 * q) & (vy > 0), np.nan_to_num(r), 0.0)
+            out[:, j] = np.where((va > 1e-9 * q) & (vy > 1e-12 * y2), np.nan_to_num(r), 0.0)
         return np.clip(out, -1, 1)
 
 
@@ -139,7 +139,7 @@ def bootstrap_selected(
     Args:
         chosen: what `select` returned.
         activations: neuron to its activations over all images [n].
-        targets: labels [n, C] under the policy.
+        targets: labels [n, C] under the policy, or other figures of the images.
         patients: patient index [n].
         fold: half [n].
         draws: resamples B.

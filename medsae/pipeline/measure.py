@@ -14,11 +14,15 @@ import ray
 
 from medsae.artifacts import RAW, RunDir, embedding_parts, label_names, read_embeddings, read_part
 from medsae.config import RunConfig
+from medsae.data.phantom.model import FINDINGS
 from medsae.errors import ArtifactError
 from medsae.metrics.baselines import PREFIX, fit
+from medsae.metrics.calibration import Calibrated, TruthColumns, calibration, read_truth, reported_auroc, versus
 from medsae.metrics.comparison import Measured, compare, null_figures, selected_figures
 from medsae.metrics.features import Features
-from medsae.metrics.inference import bootstrap_selected, donor_permutation, select
+from medsae.metrics.inference import NullState, Selected, bootstrap_selected, donor_permutation, select
+from medsae.metrics.probing import sparse_probing, strongest
+from medsae.metrics.state import MeasureState
 from medsae.metrics.tables import exemplars_table, neurons_table, number, summary
 from medsae.metrics.targets import CONFOUNDS, KeyedRows, image_keys, patient_fold, target_values
 from medsae.pipeline.cluster import ray_session
@@ -30,7 +34,8 @@ from medsae.pipeline.stage import StageResult
 class Images:
     """What is known of every image of the split, in the order of the parts.
 
-    `targets` [N, T] (labels first), `patient` index [N], `fold` [N], `where` image key to (image_id, path), `offsets` part to its first row.
+    `targets` [N, T] (labels first), `patient` index [N], `fold` [N], `where` image key to (image_id, path), `offsets` part to its first row;
+    `truth_names` of the last columns of `targets`, on phantoms.
     """
 
     targets: np.ndarray
@@ -38,6 +43,7 @@ class Images:
     fold: np.ndarray
     where: dict[int, tuple[str, str]]
     offsets: dict[str, int]
+    truth_names: list[str]
 
     def __len__(self) -> int:
         return len(self.patient)
@@ -55,14 +61,19 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
         shared = ray.put(side)
         null = permuted_labels(plan, images)
         null_ref = ray.put(null)
-        measured, outputs = {}, {}
+        measured: dict[str, Measured] = {}
+        calibrated: dict[str, Calibrated] = {}
+        outputs: dict[str, str] = {}
         for name, features in [(RAW, None), *fit_baselines(plan), *((s.name, None) for s in config.sae)]:
-            measured[name], files = measure_one(plan, shared, images, name, features, null, null_ref)
+            measured[name], known, files = measure_one(plan, shared, images, name, features, null, null_ref)
             outputs.update(files)
+            if known is not None:
+                calibrated[name] = known
         for stale in set(run.folders("measure")) - set(measured):
             if stale.startswith(PREFIX):
                 run.delete(f"measure/{stale}")
         outputs.update(publish_comparison(plan, measured, [s.name for s in config.sae]))
+        outputs.update(publish_calibration(plan, calibrated, images.truth_names))
     return StageResult(counts={"images": len(images), "features": len(measured)}, outputs=outputs)
 
 
@@ -70,10 +81,18 @@ def prepare(config: RunConfig, run: RunDir) -> tuple[Plan, Side]:
     """Reads what the tasks share."""
     names = label_names(run)
     dim = read_part(run, embedding_parts(run)[0], names).x.shape[1]
-    side = Side(None, _read_reference(config.measure.reference) if config.measure.reference else None)
+    side = Side(find_truth(config), _read_reference(config.measure.reference) if config.measure.reference else None)
     count = len(names) + len(CONFOUNDS) + (side.truth.values.shape[1] if side.truth else 0)
     reference_dim = side.reference.values.shape[1] if side.reference else dim
     return Plan(run, config, names, dim, count, reference_dim), side
+
+
+def find_truth(config: RunConfig) -> KeyedRows | None:
+    """The true severities beside phantom radiographs (`truth.csv` in `data.root`); None for other data."""
+    if not config.data.root:
+        return None
+    root = RunDir(config.data.root)
+    return read_truth(root.read_bytes("truth.csv"), FINDINGS) if root.exists("truth.csv") else None
 
 
 def _read_reference(uri: str) -> KeyedRows:
@@ -121,7 +140,7 @@ def read_images(plan: Plan, side: Side) -> Images:
         raise ArtifactError(f"{plan.run.path('embeddings')} has no image in the split {plan.config.measure.split!r}; set measure.split to all")
     names = np.concatenate(patients)
     _, index = np.unique(names, return_inverse=True)
-    return Images(np.concatenate(targets), index, patient_fold(names, plan.config.seed), where, offsets)
+    return Images(np.concatenate(targets), index, patient_fold(names, plan.config.seed), where, offsets, side.truth.names if side.truth else [])
 
 
 def permuted_labels(plan: Plan, images: Images) -> Null | None:
@@ -139,46 +158,105 @@ def permuted_labels(plan: Plan, images: Images) -> Null | None:
 
 def measure_one(
     plan: Plan, side: Any, images: Images, name: str, features: Features | None, null: Null | None, null_ref: Any
-) -> tuple[Measured, dict[str, str]]:
+) -> tuple[Measured, Calibrated | None, dict[str, str]]:
     """Both passes of one set of features; writes `measure/NAME/` but for the comparison."""
-    settings, labels = plan.config.measure, plan.labels
+    settings, labels, seed = plan.config.measure, plan.labels, plan.config.seed
     count = len(labels)
     features_ref = ray.put(features)
     state = first_pass(plan, side, name, features_ref)
-    halves = [m.compute()[:, :count] for m in state.moments]
-    signed, either = select(halves), select(halves, absolute=True)
-    neurons = np.unique(np.concatenate([signed.neurons.ravel(), either.neurons.ravel()]))
-    neurons = neurons[neurons >= 0]
-    pooled = state.pooled().select([0])
+    choice = Choice.of(state, count)
+    pooled = state.pooled()
     spread = np.sqrt(pooled.m2[:, 0] / max(pooled.n[0], 1))
-    second = Second(neurons, np.where(spread > 0, spread, 1.0).astype(np.float32), images.offsets)
+    second = Second(choice.neurons, np.where(spread > 0, spread, 1.0).astype(np.float32), images.offsets)
     values, null_state = second_pass(plan, name, features_ref, second, null_ref)
-    activations = {int(j): values[:, i] for i, j in enumerate(neurons)}
+    activations = {int(j): values[:, i] for i, j in enumerate(choice.neurons)}
     targets = images.targets[:, :count]
-    draws = [bootstrap_selected(s, activations, targets, images.patient, images.fold, settings.bootstrap, plan.config.seed) for s in (signed, either)]
-    best_null = None
-    if null is not None and null_state is not None:
-        given = ~np.isnan(null.labels)
-        n = np.stack([given[d].sum(0) for d in null.donors]).ravel()
-        best_null = null_state.best(n, np.sqrt(null.mean * (1 - null.mean)))
-    whole = state.pooled().compute()[:, :count]
-    found = Measured(name, halves, whole, signed, either, draws[0], draws[1], best_null)
+
+    def draws(chosen: Selected, columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return bootstrap_selected(chosen, activations, columns, images.patient, images.fold, settings.bootstrap, seed)
+
+    found = Measured(
+        name,
+        choice.halves,
+        pooled.compute()[:, :count],
+        choice.signed,
+        choice.either,
+        draws(choice.signed, targets),
+        draws(choice.either, targets),
+        None if null is None or null_state is None else best_under_null(null, null_state),
+    )
     figures = summary(name, state, labels, settings.alive_correlation)
-    figures["split"] = settings.split
-    figures["reference"] = settings.reference or "circular: the embeddings themselves"
-    figures["zero_shot"] = None
-    figures["encoder"] = plan.run.read_manifest().get("encoder")
-    figures["selected"] = selected_figures(found, labels)
-    figures["null"] = null_figures(found, labels)
+    figures |= {
+        "split": settings.split,
+        "reference": settings.reference or "circular: the embeddings themselves",
+        "zero_shot": None,
+        "encoder": plan.run.read_manifest().get("encoder"),
+        "selected": selected_figures(found, labels),
+        "null": null_figures(found, labels),
+        "probing": sparse_probing(choice.probes, activations, targets, images.fold, labels, seed),
+    }
+    folder = f"measure/{name}"
+    outputs = {
+        f"{folder}/neurons.parquet": plan.run.write_table(f"{folder}/neurons.parquet", neurons_table(state, labels, settings.alive_correlation)),
+        f"{folder}/exemplars.parquet": plan.run.write_table(f"{folder}/exemplars.parquet", exemplars_table(state, images.where, settings.exemplars)),
+        f"{folder}/summary.json": plan.run.write_json(f"{folder}/summary.json", number(figures)),
+    }
+    calibrated = None
+    if choice.truth is not None:
+        truth = images.targets[:, count + len(CONFOUNDS) :]
+        area = reported_auroc(choice.truth, activations, truth, images.fold)
+        calibrated = Calibrated(name, choice.truth.mean_r, draws(choice.truth, truth)[0], area)
+        whole = pooled.compute()[:, count + len(CONFOUNDS) :]
+        names = images.truth_names
+        table = calibration(calibrated, choice.truth, choice.truth_halves, whole, truth, names, TruthColumns.of(names, FINDINGS))
+        outputs[f"{folder}/calibration.json"] = plan.run.write_json(f"{folder}/calibration.json", number(table))
+    return found, calibrated, outputs
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The neurons chosen on each half of the patients: per label by r and by |r|, the strongest few for probes, per truth column by |r|."""
+
+    halves: list[np.ndarray]
+    signed: Selected
+    either: Selected
+    probes: np.ndarray
+    truth_halves: list[np.ndarray]
+    truth: Selected | None
+
+    @classmethod
+    def of(cls, state: MeasureState, labels: int) -> Choice:
+        r = [m.compute() for m in state.moments]
+        halves, truth = [x[:, :labels] for x in r], [x[:, labels + len(CONFOUNDS) :] for x in r]
+        chosen = select(truth, absolute=True) if truth[0].shape[1] else None
+        return cls(halves, select(halves), select(halves, absolute=True), strongest(halves), truth, chosen)
+
+    @property
+    def neurons(self) -> np.ndarray:
+        """All of them once, ascending."""
+        parts = [self.signed.neurons, self.either.neurons, self.probes, *([] if self.truth is None else [self.truth.neurons])]
+        every = np.unique(np.concatenate([p.ravel() for p in parts]))
+        return every[every >= 0]
+
+
+def best_under_null(null: Null, state: NullState) -> np.ndarray:
+    """Best r of the neurons under each permutation [P, C]."""
+    given = ~np.isnan(null.labels)
+    n = np.stack([given[d].sum(0) for d in null.donors]).ravel()
+    return state.best(n, np.sqrt(null.mean * (1 - null.mean)))
+
+
+def publish_calibration(plan: Plan, calibrated: dict[str, Calibrated], names: list[str]) -> dict[str, str]:
+    """Writes into every `calibration.json` how it compares with the raw features."""
+    columns = TruthColumns.of(names, FINDINGS)
     outputs = {}
-    for file, table in (
-        ("neurons.parquet", neurons_table(state, labels, settings.alive_correlation)),
-        ("exemplars.parquet", exemplars_table(state, images.where, settings.exemplars)),
-    ):
-        outputs[f"measure/{name}/{file}"] = plan.run.write_table(f"measure/{name}/{file}", table)
-    path = f"measure/{name}/summary.json"
-    outputs[path] = plan.run.write_json(path, number(figures))
-    return found, outputs
+    for name, found in calibrated.items():
+        if name != RAW:
+            path = f"measure/{name}/calibration.json"
+            table = plan.run.read_json(path)
+            table["versus_raw"] = number(versus(found, calibrated[RAW], names, columns))
+            outputs[path] = plan.run.write_json(path, table)
+    return outputs
 
 
 def publish_comparison(plan: Plan, measured: dict[str, Measured], saes: list[str]) -> dict[str, str]:

@@ -13,6 +13,7 @@ import pytest
 
 from medsae.artifacts import EMBEDDING_SCHEMA, RunDir, read_embeddings
 from medsae.config import RunConfig, validate_config
+from medsae.data.manifest import image_id_of
 from medsae.errors import ArtifactError
 from medsae.metrics.features import LinearFeatures
 from medsae.metrics.labels import apply_policy
@@ -117,6 +118,38 @@ def test_artifacts_equal_numpy_on_the_whole_matrix(tmp_path: Path, ray_cluster: 
     centred = data.x.astype(np.float64) - data.x.astype(np.float64).mean(0)
     assert standard["fvu"] == pytest.approx((residual.astype(np.float64) ** 2).sum() / (centred**2).sum(), rel=1e-9)
     assert run.read_json("measure/raw/summary.json")["fvu"] is None
+
+
+@pytest.mark.ray
+def test_phantom_truth_gives_a_calibration(tmp_path: Path, ray_cluster: None, features: LinearFeatures) -> None:
+    run = write_run(tmp_path / "run")
+    root = tmp_path / "phantoms"
+    root.mkdir()
+    rng = np.random.default_rng(0)
+    data = read_embeddings(run)
+    severity = np.where(data.labels[:, 0] == 1, rng.uniform(0.3, 1, N), 0.0)
+    lines = ["Path,cardiomegaly,effusion_left,effusion_right,exposure,marker"]
+    lines += [f"phantoms/patient{i:05d}/view1.png,{severity[i]:.4f},{max(0, data.x[i, 5] - 2):.4f},0,{data.x[i, 6]:.4f},L" for i in range(N)]
+    (root / "truth.csv").write_text("\n".join(lines) + "\n")
+    ids = {f"patient{i:05d}/view1.png": image_id_of(f"patient{i:05d}/view1.png") for i in range(N)}
+    for part in run.list("embeddings"):
+        table = run.read_table(part)
+        index = table.schema.get_field_index("image_id")
+        run.write_table(part, table.set_column(index, "image_id", pa.array([ids[p] for p in table["path"].to_pylist()])))
+    config = config_for(run)
+    measure.run(config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})}), run)
+    raw = run.read_json("measure/raw/calibration.json")
+    found = {f["name"]: f for f in raw["findings"]}
+    assert set(found) == {"cardiomegaly", "effusion"}
+    assert found["cardiomegaly"]["neurons"] == [0, 0]
+    assert found["effusion"]["neurons"] == [5, 5]
+    assert found["effusion"]["found"]
+    assert found["effusion"]["auroc"] == pytest.approx(1.0)
+    assert {f["name"] for f in raw["nuisances"]} == {"exposure"}
+    assert raw["nuisances"][0]["neurons"] == [6, 6]
+    versus = run.read_json("measure/standard/calibration.json")["versus_raw"]
+    assert versus["findings"] == 2
+    assert versus["won_auroc"] == 0
 
 
 @pytest.mark.ray
