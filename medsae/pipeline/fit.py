@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tempfile
+import threading
 import time
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,14 +21,14 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from medsae.artifacts import RunDir, fingerprint, read_embeddings
 from medsae.config import RunConfig
-from medsae.errors import MedSAEError
+from medsae.errors import ConfigError, DataError, MedSAEError
 from medsae.pipeline.cluster import cluster_gpus, ray_session
 from medsae.pipeline.stage import StageResult
 from medsae.progress import progress
 from medsae.sae.checkpoint import save
 from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
-from medsae.sae.data import Scaling, check_embeddings, fit_scaling, geometric_median
+from medsae.sae.data import Scaling, batch_plan, check_embeddings, fit_scaling, geometric_median
 from medsae.sae.model import fold, reconstruction
 from medsae.sae.training import Trainer, train
 
@@ -37,22 +41,26 @@ MEDIAN_ROWS = 32768
 
 
 def run(config: RunConfig, run: RunDir) -> StageResult:
-    """Trains every autoencoder of `config.sae` on the split `train` and publishes it under `sae/NAME`.
+    """Trains every autoencoder of `config.sae` on the split `train` and publishes it under `sae/NAME`; `sae/frontier.json` sets them side by side.
+
+    An interrupted run with the same embeddings, seed and configuration goes on from its last checkpoint.
 
     Raises:
-        MedSAEError: embeddings that cannot be trained on, a dictionary that cannot fit, or training that diverged.
+        MedSAEError: embeddings that cannot be trained on, a dictionary that cannot fit, too few CPUs or GPUs, or training that diverged.
     """
-    embeddings = read_embeddings(run, "train")
+    encoder = run.read_manifest().get("encoder", {})
     where = run.path("embeddings") + " (split train)"
-    check_embeddings(embeddings.x, where, run.read_manifest().get("encoder", {}).get("dim"))
-    x = embeddings.x
+    x = _read_training_split(run, where)
+    check_embeddings(x, where, encoder.get("dim"))
     scaling = fit_scaling(x, where)
     inputs = scaling.apply(x)
-    center = geometric_median(inputs[np.random.default_rng(config.seed).permutation(len(x))[:MEDIAN_ROWS]])
+    del x
+    center = geometric_median(inputs[np.random.default_rng(config.seed).permutation(len(inputs))[:MEDIAN_ROWS]])
     name = fingerprint([hashlib.sha256(inputs.data).hexdigest(), config.seed, [s.model_dump(mode="json") for s in config.sae]])
-    encoder = run.read_manifest().get("encoder", {})
+    samples, width = inputs.shape
     with ray_session(config.ray):
         gpus = cluster_gpus(config.ray)
+        _check_workers(config.ray.train_workers, gpus)
         arguments = {
             "inputs": [ray.put(inputs)],
             "scaling": scaling,
@@ -60,22 +68,41 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
             "saes": [s.model_dump(mode="json") for s in config.sae],
             "seed": config.seed,
             "run": run,
-            "metadata": {"encoder": encoder, "scale": scaling.scale, "training_samples": len(x), "seed": config.seed},
+            "metadata": {"encoder": encoder, "scale": scaling.scale, "training_samples": samples, "seed": config.seed},
         }
-        result = _fit(arguments, name, run, config.ray.train_workers, gpus)
+        result = fit_on_ray(arguments, name, run, config.ray.train_workers, gpus)
     if "error" in result:
         raise MedSAEError(result["error"])
+    outputs = dict(result["outputs"])
+    outputs["sae/frontier.json"] = run.write_json("sae/frontier.json", result["results"])
     run.delete(SCRATCH)
-    counts: dict[str, Any] = {"samples": len(x), "width": x.shape[1], "saes": len(config.sae), "train_seconds": result["seconds"]}
-    counts["results"] = result["results"]
-    return StageResult(counts=counts, outputs=result["outputs"])
+    counts = {"samples": samples, "width": width, "saes": len(config.sae), "train_seconds": result["seconds"], "frontier": result["results"]}
+    return StageResult(counts=counts, outputs=outputs)
 
 
-def _fit(arguments: dict[str, Any], name: str, run: RunDir, workers: int, gpus: int) -> dict[str, Any]:
+def _read_training_split(run: RunDir, where: str) -> np.ndarray:
+    try:
+        return read_embeddings(run, "train").x
+    except ValueError as error:
+        raise DataError(f"{where}: embeddings differ in width from row to row; delete the folder and run extract again") from error
+
+
+def _check_workers(workers: int, gpus: int) -> None:
+    """Ray Train waits without end for what a cluster does not have; an autoscaled cluster may still grow, so only a cluster of one node is refused."""
+    have = gpus or int(ray.cluster_resources().get("CPU", 0))
+    if len(ray.nodes()) == 1 and workers > have:
+        raise ConfigError(f"ray.train_workers = {workers}, but the cluster has {have} {'GPUs' if gpus else 'CPUs'}; lower it, or raise ray.num_cpus")
+
+
+def fit_on_ray(
+    arguments: dict[str, Any], name: str, run: RunDir, workers: int, gpus: int, worker: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+) -> dict[str, Any]:
     """One Ray Train run; returns what rank 0 returned. The same name finds the checkpoints of an interrupted run."""
+    # Whether a lost worker can be replaced is Ray's to know; a user's error comes back as a value, because it would only happen again.
+    done = ray.remote(num_cpus=0)(Done).remote()
     trainer = TorchTrainer(
-        train_worker,
-        train_loop_config=arguments,
+        worker or train_worker,
+        train_loop_config={**arguments, "done": done},
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
         run_config=ray.train.RunConfig(
@@ -84,11 +111,58 @@ def _fit(arguments: dict[str, Any], name: str, run: RunDir, workers: int, gpus: 
             storage_filesystem=run.fs,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=2),
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    returned = trainer.fit().return_value
+    with _shown(done, passes(arguments)):
+        returned = trainer.fit().return_value
+    ray.kill(done)
     assert isinstance(returned, dict)
     return returned
+
+
+class Done:
+    """Samples done so far; rank 0 tells, the driver asks."""
+
+    def __init__(self) -> None:
+        self.samples = 0
+
+    def set(self, samples: int) -> None:
+        self.samples = samples
+
+    def get(self) -> int:
+        return self.samples
+
+
+def passes(arguments: dict[str, Any]) -> int:
+    """Samples that pass in all: those of the longest training of each batch size, which the others share."""
+    configs = [SAEConfig.model_validate(s) for s in arguments["saes"]]
+    samples = arguments["metadata"]["training_samples"]
+    longest = {c.batch_size: max(o.epochs for o in configs if o.batch_size == c.batch_size) for c in configs}
+    return sum(epochs * math.prod(batch_plan(samples, size)) for size, epochs in longest.items())
+
+
+@contextmanager
+def _shown(done: Any, total: int) -> Iterator[None]:
+    """A progress bar of what the workers have done, while they do it."""
+    stop = threading.Event()
+    bar = progress(total, "fit", "sample")
+
+    def poll() -> None:
+        while not stop.wait(0.5):
+            try:
+                bar.update(ray.get(done.get.remote(), timeout=5) - bar.n)
+            except ray.exceptions.RayError:
+                continue
+
+    thread = threading.Thread(target=poll, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(10)
+        bar.close()
 
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -96,30 +170,30 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     if device.type == "cpu":
+        # Ray gives a process of one logical CPU one thread; the cores of the node are for the workers on it.
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
     collective = Collective()
-    x = _as_tensor(ray.get(arguments["inputs"][0])).to(device)
     seed, run = arguments["seed"], arguments["run"]
     configs = [SAEConfig.model_validate(s) for s in arguments["saes"]]
-    trainers = [Trainer(c, x.shape[1], len(x), seed, arguments["center"], device, collective) for c in configs]
-    _resume(trainers)
-    total = sum(size * max(t.steps for t in trainers if t.batch == size) for size in {t.batch for t in trainers})
-    bar = progress(total, "fit", "sample", 0) if collective.rank == 0 else None
-
-    def on_epoch(current: list[Trainer], due: bool) -> None:
-        if bar is not None:
-            bar.update(current[0].steps_per_epoch * current[0].batch)
-        if due:
-            _report(trainers, run, collective.rank)
-
+    inputs = ray.get(arguments["inputs"][0])
     clock = time.perf_counter()
     try:
+        check_memory(configs, inputs.shape, device, context.get_local_world_size())
+        x = _as_tensor(inputs).to(device)
+        trainers = [Trainer(c, x.shape[1], len(x), seed, arguments["center"], device, collective) for c in configs]
+        _resume(trainers)
+        before = dict.fromkeys(dict.fromkeys(c.batch_size for c in configs), 0)
+
+        def on_epoch(current: list[Trainer], due: bool) -> None:
+            before[current[0].config.batch_size] = current[0].step_count * current[0].batch
+            if collective.rank == 0:
+                arguments["done"].set.remote(sum(before.values()))
+            if due:
+                _report(trainers, collective.rank)
+
         train(trainers, x, seed, on_epoch)
     except MedSAEError as error:
-        return {"error": f"{error}; the last good checkpoint is kept in {run.path(SCRATCH)}"}
-    finally:
-        if bar is not None:
-            bar.close()
+        return {"error": str(error)}
     seconds = round(time.perf_counter() - clock, 3)
     results, outputs = [], {}
     for trainer in trainers:
@@ -127,6 +201,41 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
         results.append(figures)
         outputs.update(files)
     return {"results": results, "outputs": outputs, "seconds": seconds}
+
+
+def check_memory(configs: list[SAEConfig], shape: tuple[int, int], device: torch.device, workers: int) -> None:
+    """Stops where the autoencoders cannot fit a worker's device.
+
+    Weights, gradients and Adam's two moments are 4 copies of 2 m d floats; the largest step holds about 3 copies of its [B, m] pre-activations; on a GPU the
+    embeddings are held too.
+
+    Raises:
+        ConfigError: names the sizes and what to lower.
+    """
+    n, d = shape
+    need = sum(4 * 2 * c.dict_size * d * 4 for c in configs) + max(3 * c.batch_size * c.dict_size * 4 for c in configs)
+    if device.type == "cuda":
+        have, what = torch.cuda.get_device_properties(device).total_memory, "the GPU"
+        need += n * d * 4
+    else:
+        have, what = memory_limit() // workers, "a worker"
+    if need > 0.95 * have:
+        sizes = ", ".join(f"{c.name} {c.dict_size}" for c in configs)
+        raise ConfigError(
+            f"training needs about {need / 2**30:.1f} GiB and {what} has {have / 2**30:.1f} (dictionaries of width {d}: {sizes});"
+            " lower dict_size or batch_size, or train fewer SAEs at once"
+        )
+
+
+def memory_limit() -> int:
+    """Bytes of memory of this machine or container."""
+    limit = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        with open("/sys/fs/cgroup/memory.max") as file:
+            text = file.read().strip()
+        return min(limit, int(text)) if text.isdigit() else limit
+    except OSError:
+        return limit
 
 
 def _as_tensor(array: np.ndarray) -> torch.Tensor:
@@ -146,7 +255,7 @@ def _resume(trainers: list[Trainer]) -> None:
         trainer.load_state_dict(state)
 
 
-def _report(trainers: list[Trainer], run: RunDir, rank: int) -> None:
+def _report(trainers: list[Trainer], rank: int) -> None:
     """Takes a checkpoint; every worker must come here the same number of times."""
     metrics = {t.config.name: t.log[-1]["fvu"] for t in trainers if t.log}
     if rank != 0:

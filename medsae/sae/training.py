@@ -158,7 +158,7 @@ class Trainer:
     def _divergence(self, rate: float) -> DivergenceError:
         return DivergenceError(
             f"sae {self.config.name}: the loss is no longer finite or has blown up at step {self.step_count} with learning rate {rate:.3g};"
-            f" lower lr (now {self.config.lr:.3g}), or set clip=1.0, or raise warmup"
+            f" lower lr (now {self.config.lr:.3g}), or set clip=1.0, or raise warmup; checkpoints taken before are kept"
         )
 
     def state_dict(self) -> dict[str, Any]:
