@@ -175,7 +175,8 @@ def develop(thickness: np.ndarray, rng: np.random.Generator, noise: float, centr
     signal = primary + np.float32(0.25) * np.maximum(scatter, 0)
     if noise > 0:
         grain = rng.standard_normal(thickness.shape, dtype=np.float32)
-        signal *= 1 + np.float32(0.0028 * noise) / np.sqrt(signal + np.float32(1e-3)) * grain
+        # Quanta a pixel grow with its area.
+        signal *= 1 + np.float32(0.0028 * noise * min(h, w) / 320) / np.sqrt(signal + np.float32(1e-3)) * grain
     density = np.log(np.maximum(signal, np.float32(1e-5))) / np.float32(-MU)
     reference = centre - np.log(1.25) / MU
     # Digital systems flatten the broad differences so that lungs and mediastinum fit on one film.
