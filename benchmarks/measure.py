@@ -1,0 +1,195 @@
+"""Times of measure: the first pass of the stage at the size of CheXpert on one and two workers, and the paper's way beside the one-pass way.
+
+    python benchmarks/measure.py                 # all; about six minutes on two cores
+    python benchmarks/measure.py --part peers    # only the comparison
+    python benchmarks/measure.py --csv DIR/train.csv   # with the label pattern of a real CSV
+
+Prints a table and a line of JSON. Embeddings are random, the dictionary is random with about 0.8 % of the neurons active (L0 about 66 of 8192);
+times depend on the size and the sparsity, not on what the numbers mean.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from medsae.artifacts import EMBEDDING_SCHEMA, RunDir
+from medsae.config import validate_config
+from medsae.data.manifest import CHEXPERT_LABELS
+from medsae.metrics import Moments, Monosemanticity
+from medsae.sae import SAE, save
+
+ROWS_PER_PART = 2048
+
+
+def dictionary(dim: int, neurons: int, seed: int = 0) -> SAE:
+    """A random ReLU dictionary whose neurons fire on about 0.8 % of standard normal inputs."""
+    rng = np.random.default_rng(seed)
+    w = rng.standard_normal((dim, neurons))
+    w /= np.linalg.norm(w, axis=0)
+    tensors = {"W_enc": w, "b_enc": np.full(neurons, -2.4), "W_dec": w.T, "b_dec": np.zeros(dim)}
+    return SAE("standard", {k: torch.tensor(v, dtype=torch.float32) for k, v in tensors.items()})
+
+
+def labels_of(images: int, csv: str | None, seed: int = 0) -> np.ndarray:
+    """Raw labels [n, 14]: rows of a CSV, repeated, or drawn with CheXpert's rough shares."""
+    rng = np.random.default_rng(seed)
+    if csv is None:
+        return rng.choice([1, 0, -1, -2], p=[0.16, 0.12, 0.05, 0.67], size=(images, len(CHEXPERT_LABELS))).astype(np.int8)
+    import pandas as pd
+
+    raw = pd.read_csv(csv)[CHEXPERT_LABELS].fillna(-2).to_numpy().astype(np.int8)
+    return raw[np.arange(images) % len(raw)]
+
+
+def write_run(folder: str, images: int, dim: int, csv: str | None) -> RunDir:
+    """Synthetic embeddings in the contract of the run directory."""
+    run, rng, labels = RunDir(folder), np.random.default_rng(0), labels_of(images, csv)
+    for index, start in enumerate(range(0, images, ROWS_PER_PART)):
+        n = min(ROWS_PER_PART, images - start)
+        columns: dict[str, Any] = {f.name: [""] * n for f in EMBEDDING_SCHEMA}
+        columns |= {
+            "image_id": [f"{i:016x}" for i in range(start, start + n)],
+            "patient_id": [str(i // 4) for i in range(start, start + n)],
+            "sex": rng.choice(["F", "M"], n).tolist(),
+            "age": rng.uniform(20, 90, n).astype(np.float32),
+            "split": ["eval"] * n,
+            "labels": pa.ListArray.from_arrays(np.arange(n + 1) * labels.shape[1], pa.array(labels[start : start + n].ravel(), pa.int8())),
+            "embedding": pa.ListArray.from_arrays(np.arange(n + 1) * dim, rng.standard_normal(n * dim).astype(np.float32)),
+        }
+        run.write_table(f"embeddings/part-{index:05d}.parquet", pa.table(columns, schema=EMBEDDING_SCHEMA))
+    run.write_manifest({"schema": 1, "stages": {}, "labels": CHEXPERT_LABELS, "encoder": {"name": "random", "dim": dim, "trained": False}})
+    return run
+
+
+def at_scale(images: int, dim: int, neurons: int, csv: str | None, workers: list[int]) -> dict[str, Any]:
+    """Seconds and peak memory of the first pass, per number of workers; workers are Ray tasks of one CPU and one BLAS thread."""
+    import ray
+
+    from medsae.pipeline import measure
+    from medsae.pipeline.measure_tasks import first_pass
+
+    out: dict[str, Any] = {"images": images, "dim": dim, "neurons": neurons}
+    with tempfile.TemporaryDirectory() as folder:
+        run = write_run(folder, images, dim, csv)
+        save(dictionary(dim, neurons), run, "sae/standard")
+        config = validate_config({"run": folder, "sae": [{"name": "standard", "dict_size": neurons}]})
+        for count in workers:
+            ray.init(num_cpus=count, include_dashboard=False, object_store_memory=2 * 2**30, log_to_driver=False)
+            plan, side = measure.prepare(config, run)
+            # Processes are started and imported before the clock: a stage starts them once for all its features.
+            warm = ray.remote(lambda: time.sleep(3) or __import__("medsae.sae"))
+            ray.get([warm.remote() for _ in range(count)])
+            clock = time.perf_counter()
+            state = first_pass(plan, ray.put(side), "standard", ray.put(None))
+            state.pooled().compute()
+            state.monosemanticity.compute()
+            seconds = time.perf_counter() - clock
+            peak = ray.remote(lambda: time.sleep(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+            memory = max(ray.get([peak.remote() for _ in range(count)]))
+            ray.shutdown()
+            out[f"workers_{count}"] = {"seconds": round(seconds, 1), "worker_peak_gib": round(memory, 2), "l0": round(state.activity.l0, 1)}
+        if len(workers) > 1:
+            first, last = (out[f"workers_{w}"]["seconds"] for w in (workers[0], workers[-1]))
+            out["speed_up"] = round(first / last, 2)
+    return out
+
+
+def timed(function: Callable[[], Any]) -> tuple[float, Any]:
+    clock = time.perf_counter()
+    result = function()
+    return time.perf_counter() - clock, result
+
+
+def pair_loop(a: np.ndarray, e: np.ndarray) -> np.ndarray:
+    """Monosemanticity by its definition: over pairs of images, all partners of an image at once (the kindest form of the loop)."""
+    a = a / np.maximum(a.max(0), 1e-30)
+    e = e / np.linalg.norm(e, axis=1, keepdims=True)
+    weighted, total = np.zeros(a.shape[1]), np.zeros(a.shape[1])
+    for i in range(len(a) - 1):
+        pair = a[i] * a[i + 1 :]
+        weighted += (e[i + 1 :] @ e[i]) @ pair
+        total += pair.sum(0)
+    return np.divide(weighted, total, out=np.full(len(total), np.nan), where=total > 0)
+
+
+def peers(dim: int, neurons: int) -> list[dict[str, Any]]:
+    """The same activations both ways; seconds, ratio, largest difference. The pair loop is run at small N and its growth shown."""
+    rng = np.random.default_rng(1)
+    rows = []
+
+    def one_pass(state: Any, z: np.ndarray, other: np.ndarray) -> Any:
+        for start in range(0, len(z), 2048):
+            state.update(z[start : start + 2048], other[start : start + 2048])
+        return state.compute()
+
+    for n, m in [(5000, 2048), (10_000, 2048), (20_000, 2048), (20_000, 4096), (20_000, neurons)]:
+        z = dictionary(dim, m).encode(rng.standard_normal((n, dim)).astype(np.float32))
+        y = (rng.random((n, 14)) < 0.2).astype(np.float64)
+        ours, got = timed(lambda z=z, y=y, m=m: one_pass(Moments(m, 14), z, y))
+        stacked = np.concatenate([z.T.astype(np.float64), y.T])
+        theirs, want = timed(lambda stacked=stacked, m=m: np.corrcoef(stacked)[:m, m:])
+        worst = float(np.nanmax(np.abs(got - want)))
+        rows.append(
+            {"what": "correlation", "images": n, "neurons": m, "one_pass_s": ours, "paper_way_s": theirs, "ratio": theirs / ours, "difference": worst}
+        )
+    for n in (500, 1000, 20_000):
+        x = rng.standard_normal((n, dim)).astype(np.float32)
+        z = dictionary(dim, neurons).encode(x)
+        ours, result = timed(lambda z=z, x=x: one_pass(Monosemanticity(neurons, dim), z, x))
+        row: dict[str, Any] = {"what": "monosemanticity", "images": n, "neurons": neurons, "one_pass_s": ours}
+        if n <= 1000:
+            theirs, want = timed(lambda z=z, x=x: pair_loop(z.astype(np.float64), x.astype(np.float64)))
+            both = np.isfinite(want) & np.isfinite(result.score)
+            row |= {"paper_way_s": theirs, "ratio": theirs / ours, "difference": float(np.abs(want - result.score)[both].max())}
+        else:
+            seconds = rows[-1]["paper_way_s"] * (n / rows[-1]["images"]) ** 2
+            row |= {"paper_way_s": seconds, "ratio": seconds / ours, "extrapolated": True}
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["scale", "peers", "all"], default="all")
+    parser.add_argument("--images", type=int, default=223_414)
+    parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--neurons", type=int, default=8192)
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--csv", help="a CheXpert CSV to take the label pattern from")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    args = parser.parse_args()
+    figures: dict[str, Any] = {}
+    if args.part in ("scale", "all"):
+        figures["scale"] = at_scale(args.images, args.dim, args.neurons, args.csv, args.workers)
+        for key, value in figures["scale"].items():
+            print(f"{key:12} {value}")
+    if args.part in ("peers", "all"):
+        figures["peers"] = peers(args.dim, args.neurons)
+        print(f"{'what':16}{'images':>8}{'neurons':>8}{'one pass':>10}{'other way':>11}{'ratio':>9}  largest difference")
+        for row in figures["peers"]:
+            note = "extrapolated by N^2" if row.get("extrapolated") else f"{row['difference']:.1e}"
+            print(
+                f"{row['what']:16}{row['images']:8}{row['neurons']:8}{row['one_pass_s']:9.2f}s{row['paper_way_s']:10.1f}s{row['ratio']:9.0f}  {note}"
+            )
+    print(json.dumps(figures))
+    if args.json:
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
