@@ -13,7 +13,8 @@ from safetensors.torch import save as save_tensors
 
 from medsae.artifacts import RunDir
 from medsae.errors import ArtifactError
-from medsae.sae.model import SAE, TENSORS
+from medsae.sae.interop import DL_WEIGHTS, from_dictionary_learning, from_saelens
+from medsae.sae.model import SAE
 
 CONFIG = "cfg.json"
 WEIGHTS = "sae_weights.safetensors"
@@ -53,7 +54,7 @@ def save(sae: SAE, run: RunDir, folder: str, log: list[dict[str, Any]] | None = 
 
 
 def load(where: str | Path | tuple[RunDir, str]) -> SAE:
-    """A trained autoencoder, from its folder (or URI), or from a run and its name.
+    """A trained autoencoder, from its folder (or URI), or from a run and its name. Reads what this package, sae-lens and dictionary-learning save.
 
     Raises:
         ArtifactError: what is missing or does not fit, in one line.
@@ -61,13 +62,14 @@ def load(where: str | Path | tuple[RunDir, str]) -> SAE:
     run, folder = (where[0], f"sae/{where[1]}") if isinstance(where, tuple) else (RunDir(str(where)), "")
     place = run.path(folder)
     if not run.exists(posixpath.join(folder, CONFIG)):
+        if run.exists(posixpath.join(folder, DL_WEIGHTS)):
+            return from_dictionary_learning(run, folder)
         raise ArtifactError(f"{place} holds no {CONFIG}; run `medsae fit` first or give the folder of an SAE")
     try:
         config = run.read_json(posixpath.join(folder, CONFIG))
         tensors = load_tensors(run.read_bytes(posixpath.join(folder, WEIGHTS)))
     except (json.JSONDecodeError, SafetensorError) as error:
         raise ArtifactError(f"{place}: damaged SAE ({' '.join(str(error).split())}); run `medsae fit` again") from error
-    architecture = config.get("architecture")
-    if architecture not in TENSORS:
-        raise ArtifactError(f"{place}: architecture {architecture!r} cannot be loaded; there is {', '.join(TENSORS)}")
-    return SAE(architecture, {k: v.float() for k, v in tensors.items() if k in TENSORS[architecture]}, config.get("k"), config.get("metadata", {}))
+    if not isinstance(config, dict):
+        raise ArtifactError(f"{place}: {CONFIG} is not a mapping; run `medsae fit` again")
+    return from_saelens(config, tensors, place)
