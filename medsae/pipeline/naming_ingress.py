@@ -14,7 +14,7 @@ import numpy as np
 import ray
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
 from ray.llm._internal.serve.core.configs.openai_api_models import to_model_metadata
 from ray.serve.llm import build_llm_deployment
@@ -223,8 +223,17 @@ class NamingIngress(OpenAiIngress):
         api_key(service.api_key_env)
         self.store = ImageStore(service.data_root, service.image_size) if service.data_root else None
 
+    async def completions_of_chat(self, request: Request) -> Response:
+        """OpenAI's chat endpoint. Parsed here: vLLM's request class answers some malformed bodies with a TypeError, which would be our fault to the caller."""
+        try:
+            body = ChatCompletionRequest.model_validate(await request.json())
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            what = f"{error.error_count()} invalid fields" if isinstance(error, ValidationError) else "not a chat completion request"
+            return _error(422, what)
+        return await self.chat(body, request)
+
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
-        """OpenAI's chat endpoint; what goes wrong becomes a status and a sentence."""
+        """One chat completion; what goes wrong becomes a status and a sentence."""
         try:
             response: Response = await super().chat(body, request)
         except Exception as error:
@@ -304,7 +313,7 @@ async def _stream(namer: ChatNamer, asker: Inside, neurons: list[NeuronRequest])
 
 ENDPOINTS: dict[str, Any] = {
     "models": lambda app: app.get("/v1/models"),
-    "chat": lambda app: app.post("/v1/chat/completions"),
+    "completions_of_chat": lambda app: app.post("/v1/chat/completions"),
     "names": lambda app: app.post("/v1/names"),
     "names_score": lambda app: app.post("/v1/names/score"),
 }

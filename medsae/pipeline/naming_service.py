@@ -13,6 +13,7 @@ import httpx
 import ray
 from pydantic import Field, ValidationError
 from ray import serve
+from ray.serve.context import _get_global_client
 
 from medsae.errors import ConfigError, ServiceError
 from medsae.settings import Section
@@ -140,7 +141,10 @@ def build(args: dict[str, Any]) -> Application:
 
 @contextmanager
 def naming_service(args: dict[str, Any], port: int = 8123, app_name: str = "naming", timeout: float = 1800.0) -> Iterator[str]:
-    """Starts the service on this machine's loopback for the length of a block and yields its base URL. Ray must be connected.
+    """Starts the service for the length of a block and yields its base URL. Ray must be connected.
+
+    On a cluster where Serve runs already the application joins it, on Serve's own port; otherwise Serve is started on this machine's loopback, on `port`,
+    and shut down afterwards.
 
     Raises:
         ServiceError: it did not come up.
@@ -148,18 +152,22 @@ def naming_service(args: dict[str, Any], port: int = 8123, app_name: str = "nami
     application = build(args)
     log.info("naming: starting the service with %s", args.get("model", ServiceConfig().model))
     started = time.perf_counter()
-    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    own = _get_global_client(raise_if_no_controller_running=False) is None
+    if own:
+        serve.start(http_options={"host": "127.0.0.1", "port": port})
     try:
         try:
-            serve.run(application, name=app_name, route_prefix="/")
+            serve.run(application, name=app_name, route_prefix=f"/{app_name}")
         except (RuntimeError, ray.exceptions.RayError) as error:
             raise ServiceError(f"the naming service did not start with {args.get('model')}: {str(error).splitlines()[0]}") from error
-        url = f"http://127.0.0.1:{port}"
+        url = f"http://127.0.0.1:{_get_global_client().http_config.port}/{app_name}"
         _wait(url, timeout)
         log.info("naming: the service is up after %.0f s", time.perf_counter() - started)
         yield url
     finally:
         serve.delete(app_name)
+        if own:
+            serve.shutdown()
 
 
 def _wait(url: str, timeout: float) -> None:

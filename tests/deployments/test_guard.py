@@ -84,3 +84,38 @@ def test_a_full_queue_answers_429_and_frees_again() -> None:
         for thread in threads:
             thread.join(10)
         assert codes == [200, 200]
+
+
+@pytest.mark.parametrize("file", ["naming-gpu.yaml", "naming-cpu.yaml"])
+def test_the_serve_files_are_valid(file: str) -> None:
+    import importlib
+    from pathlib import Path
+
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    from medsae.pipeline.naming_service import llm_config, service_config
+
+    tree = yaml.safe_load((Path(__file__).parents[2] / "deployments" / file).read_text())
+    schema = ServeDeploySchema.model_validate(tree)
+    application = schema.applications[0]
+    module, _, function = application.import_path.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+    config = service_config(application.args)
+    llm = llm_config(config, gpus=4)
+    assert llm.engine_kwargs["enable_prefix_caching"] is True
+    assert llm.engine_kwargs["limit_mm_per_prompt"] == {"image": config.images}
+    assert llm.deployment_config["autoscaling_config"]["max_replicas"] == config.max_replicas
+    # Served on the loopback unless someone decides otherwise.
+    assert schema.http_options.host == "127.0.0.1"
+
+
+def test_a_machine_without_gpus_gets_a_cpu_engine_and_arguments_can_be_overridden() -> None:
+    from medsae.pipeline.naming_service import llm_config, service_config
+
+    without = llm_config(service_config({"model": "google/medgemma-4b-it", "engine": {"max_num_seqs": 3}}), gpus=0)
+    assert without.accelerator_config.kind == "cpu"
+    assert without.engine_kwargs["max_num_seqs"] == 3
+    fixed = llm_config(service_config({"model": "google/medgemma-4b-it", "replicas": 2, "accelerator": "L4"}), gpus=2)
+    assert fixed.accelerator_type == "L4"
+    assert fixed.deployment_config["num_replicas"] == 2

@@ -198,3 +198,25 @@ def test_a_killed_job_goes_on_where_it_was(measured: tuple[RunConfig, RunDir], u
     result = name.run(with_service(config, url), run)
     assert result.counts["resumed"] == kept
     assert script.answered - before == result.counts["neurons"] - kept
+
+
+def test_vocabulary_names_need_no_service_and_are_scored_by_the_text_tower(measured: tuple[RunConfig, RunDir]) -> None:
+    config, run = measured
+    fresh(run)
+    tree = config.model_dump(mode="json")
+    tree["encoder"]["name"] = "tests.support.planted:PlantedEncoder"
+    tree["name"]["namer"] = "vocabulary"
+    config = validate_config(tree)
+    name.run(config, run)
+    rows = {r["neuron"]: r for r in run.read_table("names/standard.parquet").to_pylist()}
+    assert [rows[j]["concept"] for j in range(4)] == LABELS
+    assert all(rows[j]["confidence"] > 0.8 for j in range(4))
+    score.run(config, run)
+    summary = run.read_json("scores/standard.json")["embedding"]
+    assert summary["figure"] == "auc"
+    assert summary["mean"]["none"] > 0.8
+    assert summary["gain"]["shuffled"]["low"] > 0.1
+    assert summary["mean"]["empty"] == 0.5
+    tree["encoder"]["name"] = "tests.support.planted:WordlessEncoder"
+    with pytest.raises(ConfigError, match="has no text tower"):
+        name.run(validate_config(tree), run)

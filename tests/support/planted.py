@@ -64,3 +64,29 @@ def write_planted(root: Path, images: int = 480, seed: int = 0, neurons: int = N
     save(SAE("standard", {"W_enc": w, "b_enc": bias, "W_dec": w.T.contiguous(), "b_dec": torch.zeros(DIM)}), run, "sae/standard")
     tree = {"run": run.uri, "data": {"root": str(data)}, "sae": [{"name": "standard", "dict_size": neurons}], **sections}
     return validate_config(tree), run
+
+
+class PlantedEncoder:
+    """A text tower in the space of the planted embeddings, as an encoder that a configuration names by `module:Class`."""
+
+    name, dim, trained, input_size = "planted", DIM, False, (32, 32)
+
+    def __init__(self, **options: object) -> None:
+        pass
+
+    def concept_vocabulary(self) -> list[str]:
+        """The planted labels and two things that no image shows."""
+        return [*LABELS, "rotation", "noise"]
+
+    def encode_text(self, texts: list[str]) -> np.ndarray:
+        """Label c is the mean of all images plus axis c; anything else, an axis that no neuron reads."""
+        out = np.ones((len(texts), DIM), np.float32)
+        for i, text in enumerate(texts):
+            out[i, LABELS.index(text) if text in LABELS else 14 + len(text) % 2] += 2
+        return out / np.linalg.norm(out, axis=1, keepdims=True)
+
+
+class WordlessEncoder(PlantedEncoder):
+    """An encoder without a text tower."""
+
+    encode_text = property()  # type: ignore[assignment]
