@@ -162,12 +162,15 @@ class MedCLIP:
         self.name, self.device = name, torch.device(device)
         self.trained = weights != "untrained"
         self._tokenizer: Any = None
-        model = build(name, seed)
-        digest, source = None, f"untrained, seed {seed}"
-        if self.trained:
+        digest, source, state = None, f"untrained, seed {seed}", None
+        if self.trained:  # the file is read before the model is built: what is wrong with it shows at once
             path = self._find(weights)
             digest, source = checkpoints.check_sha256(path, sha256), "official checkpoint" if weights in (None, "auto") else path.name
-            load_checkpoint(model, name, checkpoints.read_state_dict(path))
+            state = checkpoints.read_state_dict(path)
+        model = build(name, seed)
+        if state is not None:
+            load_checkpoint(model, name, state)
+            del state
         if dtype == "auto":
             dtype = "bfloat16" if self.device.type == "cuda" else "float32"
         self.dtype: torch.dtype = getattr(torch, dtype)
