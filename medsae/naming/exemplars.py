@@ -15,7 +15,7 @@ RECIPES = ("top", "quantile", "paper", "contrast")
 
 @dataclass(frozen=True)
 class Images:
-    """Images to draw from. `image_id`, `path`, `patient` strings [n]; `x` embeddings [n, d], centred, unit norm; `naming` bool [n] marks the patients
+    """Images to draw from. `image_id`, `path` strings [n]; `patient` strings or numbers [n]; `x` embeddings [n, d], centred, unit norm; `naming` bool [n] marks the patients
     whose images may name a neuron, the others score it. `facts`: what else is told of each image [n], or None."""
 
     image_id: np.ndarray
@@ -75,7 +75,7 @@ def choose(recipe: str, activation: np.ndarray, images: Images, k: int, seed: in
         At most k exemplars in the order in which they are shown; fewer where the neuron fires on fewer.
     """
     rows = np.flatnonzero(images.naming & (activation > 0))
-    rows = rows[np.lexsort((images.image_id[rows], -activation[rows]))]
+    rows = rows[np.argsort(-activation[rows], kind="stable")]
     if not len(rows):
         return ()
     if recipe == "top":
@@ -105,8 +105,8 @@ def _spread(rows: np.ndarray, k: int) -> np.ndarray:
 
 def nearest(candidates: np.ndarray, to: np.ndarray, images: Images) -> np.ndarray:
     """Candidates by falling cosine with the mean embedding of the rows `to`."""
-    similarity = images.x[candidates] @ images.x[to].mean(0)
-    return np.asarray(candidates[np.lexsort((images.image_id[candidates], -similarity))])
+    similarity = (images.x @ images.x[to].mean(0))[candidates]  # all rows: copying most of them costs more
+    return np.asarray(candidates[np.argsort(-similarity, kind="stable")])
 
 
 def _exemplars(rows: np.ndarray, activation: np.ndarray, images: Images, strength: bool = False) -> tuple[Exemplar, ...]:
@@ -138,7 +138,7 @@ def scoring_set(activation: np.ndarray, images: Images, k: int, seed: int) -> Sc
     """
     rng = np.random.default_rng(seed)
     active = np.flatnonzero(~images.naming & (activation > 0))
-    active = active[np.lexsort((images.image_id[active], -activation[active]))]
+    active = active[np.argsort(-activation[active], kind="stable")]
     silent = np.flatnonzero(~images.naming & (activation <= 0))
     k = min(k, len(active), len(silent))
     positives = _spread(one_a_patient(active, images.patient, k), k)

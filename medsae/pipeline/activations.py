@@ -55,7 +55,9 @@ def read_images(config: RunConfig, run: RunDir, facts: Sequence[str] = ()) -> Ta
         told = np.array(
             [", ".join(f"{f} {v}" for f, v in zip(facts, row, strict=True) if v not in ("", "nan")) for row in zip(*columns, strict=True)]
         )
-    images = Images(column("image_id"), column("path"), patients, x, naming_half(patients, config.seed), told)
+    # Numbers instead of names: they are compared for every neuron.
+    _, codes = np.unique(patients, return_inverse=True)
+    images = Images(column("image_id"), column("path"), codes, x, naming_half(patients, config.seed), told)
     targets = np.concatenate([apply_policy(p.labels, config.data.uncertain, config.data.blank) for p in parts])
     return Table(images, targets, names)
 
