@@ -72,7 +72,7 @@ def trained_here(run: RunDir, sae: dict[str, Any]) -> tuple[Trainer, SAE]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"x": np.where(np.arange(N)[:, None] == 7, np.nan, embeddings())}, "1 of 180 embeddings hold NaN"),
+        ({"x": np.where(np.arange(N)[:, None] == 8, np.nan, embeddings())}, "1 of 180 embeddings hold NaN"),
         ({"dim": 512}, "embeddings are 10 wide and the encoder of the manifest is 512 wide"),
         ({"splits": ("eval",)}, "0 embeddings are too few"),
         ({"x": np.ones((N, D), np.float32)}, "all 180 embeddings are alike"),

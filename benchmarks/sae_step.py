@@ -1,0 +1,235 @@
+"""Milliseconds a training step, this project beside dictionary-learning, sae-lens and eai-sparsify, in one process on the same batches.
+
+    python benchmarks/sae_step.py [--dim 512 --dict-size 8192 --k 32 --batch 2048 --rounds 5 --threads 2 --json FILE]
+
+A step is what each package's own trainer does: forward, loss, backward, gradient constraints, optimiser (fp32, AuxK code where the package has it; no
+neuron is dead in the first steps, so AuxK costs nothing to anybody). All start from the same weights; encoder biases of the ReLU architectures are set so
+that about k neurons are active a sample, as late in training. Packages take turns, and the fastest round of each counts. Agreement is the cosine between this project's
+first update of the decoder and the peer's, for peers with the same loss. Peers that are not installed are named and left out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from medsae.sae.config import OPTIONS, SAEConfig
+from medsae.sae.training import Trainer
+
+Step = Callable[[torch.Tensor], Any]
+Weights = dict[str, torch.Tensor]
+Made = tuple[Step, Callable[[], torch.Tensor]]
+MATRYOSHKA = [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
+
+
+def start(dim: int, neurons: int, k: int) -> Weights:
+    """Weights that all start from: W [m, d] with unit rows, and a bias at which ReLU leaves about k active for standard normal inputs."""
+    generator = torch.Generator().manual_seed(0)
+    w = torch.randn(neurons, dim, generator=generator)
+    w /= w.norm(dim=1, keepdim=True)
+    return {"w": w, "bias": torch.full((neurons,), -math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * k / neurons))))}
+
+
+def relu_family(name: str) -> bool:
+    return name in ("standard", "april", "gated", "jumprelu")
+
+
+def medsae(name: str, dim: int, neurons: int, k: int, batch: int, weights: Weights, **options: Any) -> Made:
+    given: dict[str, Any] = {"k": k} if "k" in OPTIONS[name] else {}
+    config = SAEConfig(architecture=name, dict_size=neurons, batch_size=batch, epochs=10_000, warmup=0, lr=1e-4, **given, **options)  # type: ignore[arg-type]
+    trainer = Trainer(config, dim, batch)
+    with torch.no_grad():
+        trainer.sae.W_enc.copy_(weights["w"])
+        trainer.sae.W_dec.copy_(weights["w"])
+        if relu_family(name):
+            (trainer.sae.b_gate if name == "gated" else trainer.sae.b_enc).copy_(weights["bias"])
+    return trainer.step, lambda: trainer.sae.W_dec.detach()
+
+
+def dictionary_learning(name: str, dim: int, neurons: int, k: int, batch: int, weights: Weights) -> Made | None:
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.gdm import GatedSAETrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+    from dictionary_learning.trainers.standard import StandardTrainer, StandardTrainerAprilUpdate
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    kinds: dict[str, tuple[Any, dict[str, Any]]] = {
+        "standard": (StandardTrainer, {"lr": 1e-4, "warmup_steps": 0, "sparsity_warmup_steps": None}),
+        "april": (StandardTrainerAprilUpdate, {"lr": 1e-4, "warmup_steps": 0, "sparsity_warmup_steps": None}),
+        "topk": (TopKTrainer, {"k": k, "lr": 1e-4, "warmup_steps": 0}),
+        "batch_topk": (BatchTopKTrainer, {"k": k, "lr": 1e-4, "warmup_steps": 0}),
+        "matryoshka_batch_topk": (MatryoshkaBatchTopKTrainer, {"k": k, "lr": 1e-4, "warmup_steps": 0, "group_fractions": MATRYOSHKA}),
+        "jumprelu": (JumpReluTrainer, {"lr": 1e-4, "warmup_steps": 0, "sparsity_warmup_steps": None}),
+        "gated": (GatedSAETrainer, {"lr": 1e-4, "warmup_steps": 0, "sparsity_warmup_steps": None}),
+    }
+    kind, options = kinds[name]
+    trainer = kind(steps=10**6, activation_dim=dim, dict_size=neurons, layer=0, lm_name="", device="cpu", seed=0, **options)
+    state = dict(trainer.ae.named_parameters())
+    with torch.no_grad():
+        for key, value in state.items():
+            if key in ("encoder.weight", "decoder.weight", "W_enc", "W_dec"):
+                value.copy_(weights["w"] if value.shape == weights["w"].shape else weights["w"].T)
+            if relu_family(name) and key in ("encoder.bias", "gate_bias", "b_enc"):
+                value.copy_(weights["bias"])
+    counter = iter(range(10**9))
+
+    def step(x: torch.Tensor) -> None:
+        index = next(counter)
+        if index == 0 and name in ("topk", "batch_topk", "matryoshka_batch_topk"):
+            index = 1  # step 0 sets b_dec to the geometric median; not part of a step
+        trainer.update(index, x)
+
+    decoder = state.get("decoder.weight", state.get("W_dec"))
+    assert decoder is not None
+    return step, lambda: decoder.detach() if decoder.shape == weights["w"].shape else decoder.detach().T
+
+
+def sae_lens(name: str, dim: int, neurons: int, k: int, batch: int, weights: Weights) -> Made | None:
+    import sae_lens as lens
+    from sae_lens.saes.sae import TrainStepInput
+
+    common: dict[str, Any] = {"d_in": dim, "d_sae": neurons, "apply_b_dec_to_input": name != "april"}
+    ends = [round(neurons * sum(MATRYOSHKA[: i + 1])) for i in range(len(MATRYOSHKA))]
+    kinds: dict[str, tuple[str, dict[str, Any]]] = {
+        "april": ("Standard", {}),
+        "topk": ("TopK", {"k": k}),
+        "batch_topk": ("BatchTopK", {"k": k}),
+        "matryoshka_batch_topk": ("MatryoshkaBatchTopK", {"k": k, "matryoshka_widths": ends}),
+        "jumprelu": ("JumpReLU", {}),
+        "gated": ("Gated", {}),
+    }
+    kinds["standard"] = kinds["april"]
+    kind, options = kinds[name]
+    module = getattr(lens, f"{kind}TrainingSAE")(getattr(lens, f"{kind}TrainingSAEConfig")(**common, **options))
+    with torch.no_grad():
+        module.W_enc.copy_(weights["w"].T)
+        module.W_dec.copy_(weights["w"])
+        if relu_family(name):
+            (module.b_gate if name == "gated" else module.b_enc).copy_(weights["bias"])
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-4, betas=(0.9, 0.999))
+    silent = torch.zeros(neurons)
+    coefficients = {key: getattr(value, "value", value) for key, value in module.get_coefficients().items()}
+
+    def step(x: torch.Tensor) -> None:
+        out = module.training_forward_pass(
+            step_input=TrainStepInput(sae_in=x, dead_neuron_mask=silent > 1000, coefficients=coefficients, n_training_steps=1, is_logging_step=False)
+        )
+        with torch.no_grad():
+            fired = out.feature_acts.bool().float().sum(-2).bool()
+            fired = fired.to_dense() if fired.is_sparse else fired
+            silent.add_(1)
+            silent[fired] = 0
+        out.loss.backward()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, lambda: module.W_dec.detach()
+
+
+def sparsify(name: str, dim: int, neurons: int, k: int, batch: int, weights: Weights) -> Made | None:
+    if name != "topk":
+        return None
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    module = SparseCoder(dim, SparseCoderConfig(num_latents=neurons, k=k), device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        module.encoder.weight.copy_(weights["w"])
+        module.W_dec.copy_(weights["w"])
+    optimizer = torch.optim.Adam(module.parameters(), lr=1e-4)
+    silent = torch.zeros(neurons, dtype=torch.long)
+
+    def step(x: torch.Tensor) -> None:
+        module.set_decoder_norm_to_unit_norm()
+        out = module(x, dead_mask=silent > 10_000_000)
+        (out.fvu + out.auxk_loss / 32).backward()
+        module.remove_gradient_parallel_to_decoder_directions()
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        silent.add_(len(x))
+        silent[out.latent_indices.flatten()] = 0
+
+    return step, lambda: module.W_dec.detach()
+
+
+PEERS: dict[str, tuple[str, Callable[..., Made | None]]] = {
+    "dictionary-learning": ("dictionary_learning", dictionary_learning),
+    "sae-lens": ("sae_lens", sae_lens),
+    "eai-sparsify": ("sparsify", sparsify),
+}
+SAME_LOSS = {("topk", "dictionary-learning"), ("topk", "eai-sparsify"), ("batch_topk", "dictionary-learning"), ("standard", "dictionary-learning")}
+"""Where the peer's first update should be this project's: the reconstruction loss up to its scale, which Adam takes out (the L1 weights differ a little)."""
+
+
+def measure(name: str, sizes: argparse.Namespace, contestants: dict[str, Callable[..., Made | None]]) -> list[dict[str, Any]]:
+    weights = start(sizes.dim, sizes.dict_size, sizes.k)
+    generator = torch.Generator().manual_seed(1)
+    batches = [torch.randn(sizes.batch, sizes.dim, generator=generator) for _ in range(3)]
+    made = {}
+    updates = {}
+    rows = []
+    for who, maker in contestants.items():
+        try:
+            found = maker(name, sizes.dim, sizes.dict_size, sizes.k, sizes.batch, weights)
+        except (TypeError, AttributeError, ImportError, AssertionError) as error:
+            rows.append({"architecture": name, "package": who, "ms": None, "why": f"{type(error).__name__}: {str(error).splitlines()[0]}"})
+            continue
+        if found is None:
+            continue
+        step, decoder = found
+        before = decoder().clone()
+        step(batches[0])
+        updates[who] = decoder() - before
+        step(batches[1])
+        made[who] = step
+    times: dict[str, list[float]] = {who: [] for who in made}
+    for turn in range(sizes.rounds):
+        for who, step in made.items():
+            clock = time.perf_counter()
+            step(batches[turn % 3])
+            times[who].append(1000 * (time.perf_counter() - clock))
+    mine = min(times["medsae"])
+    for who, taken in times.items():
+        row = {"architecture": name, "package": who, "ms": round(min(taken), 1), "median_ms": round(statistics.median(taken), 1)}
+        row["medsae_is_faster_by"] = round(min(taken) / mine, 2)
+        if (name, who) in SAME_LOSS:
+            row["cosine_of_first_update"] = round(float(torch.cosine_similarity(updates["medsae"].flatten(), updates[who].flatten(), dim=0)), 5)
+        rows.append(row)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for key, value in {"dim": 512, "dict-size": 8192, "k": 32, "batch": 2048, "rounds": 5, "threads": torch.get_num_threads()}.items():
+        parser.add_argument(f"--{key}", type=int, default=value)
+    parser.add_argument("--architectures", default=",".join(OPTIONS))
+    parser.add_argument("--json", default=None)
+    sizes = parser.parse_args()
+    torch.set_num_threads(sizes.threads)
+    missing = [who for who, (module, _) in PEERS.items() if importlib.util.find_spec(module) is None]
+    contestants: dict[str, Callable[..., Made | None]] = {"medsae": medsae, **{w: m for w, (_, m) in PEERS.items() if w not in missing}}
+    print(f"d {sizes.dim}, m {sizes.dict_size}, k {sizes.k}, batch {sizes.batch}, float32, {sizes.threads} threads, torch {torch.__version__}")
+    print(f"not installed here: {', '.join(missing) or 'none'}")
+    rows = []
+    for name in sizes.architectures.split(","):
+        for row in measure(name, sizes, contestants):
+            rows.append(row)
+            line = f"{row['architecture']:24}{row['package']:22}" + (f"{row['ms']:9.1f} ms" if row["ms"] else f"  did not run: {row['why']}")
+            print(line + (f"   {row['medsae_is_faster_by']:5.2f}x" if row["ms"] else "") + f"   {row.get('cosine_of_first_update', '')}", flush=True)
+    if sizes.json:
+        with open(sizes.json, "w") as file:
+            json.dump({"sizes": vars(sizes), "missing": missing, "rows": rows}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
