@@ -97,6 +97,7 @@ def inline(svg: bytes, name: str, alt: str) -> str:
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'href="#', f'href="#{name}-', text)
     text = re.sub(r"url\(#", f"url(#{name}-", text)
+    text = re.sub(r"font-family: [^;\"]*", "font-family: var(--sans)", text)
     text = re.sub(r"(font: [^;\"]*?px) [^;\"]*", r"\1 var(--sans)", text)
     for variable, colour in PALETTE.items():
         text = text.replace(colour, f"var(--{variable})")
@@ -190,15 +191,15 @@ def histogram(sets: list[Measured], values: Callable[[Measured], np.ndarray], xl
         return None
     everything = np.concatenate(list(data.values()))
     low, high = float(everything.min()), float(everything.max())
-    edges = np.linspace(low, high if high > low else low + 1e-6, 25)
+    bins = np.linspace(low, high if high > low else low + 1e-6, 25).tolist()
     with _figure(3.5, 2.5) as (figure, ax):
         for m in sets:
             v = data[m.name]
             if len(v):
                 weights = np.full(len(v), 1 / len(v))
-                style = {"color": PALETTE[colour[m.name]], "weights": weights}
-                ax.hist(v, edges, histtype="stepfilled", alpha=0.16, linewidth=0, **style)
-                ax.hist(v, edges, histtype="step", linewidth=1.6, label=m.title, **style)
+                hue = PALETTE[colour[m.name]]
+                ax.hist(v, bins, histtype="stepfilled", alpha=0.16, linewidth=0, color=hue, weights=weights)
+                ax.hist(v, bins, histtype="step", linewidth=1.6, label=m.title, color=hue, weights=weights)
         ax.set_xlabel(xlabel)
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
         if log:

@@ -24,7 +24,7 @@ class Thumbnails:
         self.failures: dict[str, str] = {}
         self._made: dict[str, str | None] = {}
         self._root = root
-        self._fs, self._base = resolve(root) if root else (None, "")
+        self._store = resolve(root) if root else None
 
     def uri(self, path: str) -> str | None:
         """A `data:` URI of the image at `path` (relative to the root), None where it cannot be read."""
@@ -33,11 +33,11 @@ class Thumbnails:
         return self._made[path]
 
     def _make(self, path: str) -> str | None:
-        if self._fs is None:
+        if self._store is None:
             self.failures[path] = "data.root is not set"
             return None
         try:
-            image = radiograph.load(self._fs, f"{self._base}/{path}")
+            image = radiograph.load(self._store[0], f"{self._store[1]}/{path}")
         except (MedSAEError, OSError) as error:
             self.failures[path] = str(error) if isinstance(error, MedSAEError) else "file cannot be read"
             return None
