@@ -14,8 +14,8 @@ _TOPK: dict[str, Any] = {"lr": None, "beta1": 0.9, "clip": 1.0, "k": 32, "aux": 
 _BATCH_TOPK: dict[str, Any] = {**_TOPK, "threshold_decay": 0.99}
 
 OPTIONS: dict[str, dict[str, Any]] = {
-    "standard": {"lr": 1e-3, "beta1": 0.9, "clip": None, "l1": 1.0, "sparsity_warmup": 0.1, "dead_epochs": 2.0, "resample_epochs": None},
-    "april": {"lr": 5e-4, "beta1": 0.9, "clip": 1.0, "l1": 1.0, "sparsity_warmup": 0.1, "dead_epochs": 2.0},
+    "standard": {"lr": 1e-3, "beta1": 0.9, "clip": None, "l1": 4.0, "sparsity_warmup": 0.1, "dead_epochs": 2.0, "resample_epochs": None},
+    "april": {"lr": 5e-4, "beta1": 0.9, "clip": 1.0, "l1": 4.0, "sparsity_warmup": 0.1, "dead_epochs": 2.0},
     "topk": _TOPK,
     "batch_topk": _BATCH_TOPK,
     "matryoshka_batch_topk": {**_BATCH_TOPK, "groups": (1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2)},
@@ -23,13 +23,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "lr": 5e-4,
         "beta1": 0.9,
         "clip": 1.0,
-        "l0": 1.0,
+        "l0": 4.0,
         "sparsity_warmup": 0.3,
         "dead_epochs": 2.0,
-        "threshold": 0.1,
-        "bandwidth": 0.5,
+        "threshold": 0.5,
+        "bandwidth": 1.0,
     },
-    "gated": {"lr": 5e-4, "beta1": 0.0, "clip": None, "l1": 1.0, "sparsity_warmup": 0.1, "dead_epochs": 2.0},
+    "gated": {"lr": 5e-4, "beta1": 0.0, "clip": None, "l1": 4.0, "sparsity_warmup": 0.1, "dead_epochs": 2.0},
 }
 """What an architecture takes beyond the options of all, with its defaults. `lr` None: 2e-4 / sqrt(dict_size / 16384)."""
 
