@@ -180,25 +180,23 @@ def sampled_products(pattern: Tensor, left: Tensor, right: Tensor) -> Tensor:
 def above(pre: Tensor, threshold: Tensor | float, dense_share: float = DENSE_SHARE) -> Sparse | Dense:
     """Pairs with pre-activation above a threshold (a number, or one a neuron); dense where they are many."""
     mask = pre > threshold
-    counts = mask.sum(dim=1)
-    total = int(counts.sum())
-    if total > dense_share * mask.numel():
+    if int(torch.count_nonzero(mask)) > dense_share * mask.numel():
         return Dense(pre)
-    return _pairs(mask, counts, pre)
+    return _pairs(mask, pre)
 
 
 def sparse_above(pre: Tensor, threshold: Tensor | float) -> Sparse:
     """Pairs with pre-activation above a threshold, however many."""
-    mask = pre > threshold
-    return _pairs(mask, mask.sum(dim=1), pre)
+    return _pairs(pre > threshold, pre)
 
 
-def _pairs(mask: Tensor, counts: Tensor, pre: Tensor) -> Sparse:
-    """Pairs where mask [B, m] is set; `counts` [B] of them in each row."""
+def _pairs(mask: Tensor, pre: Tensor) -> Sparse:
+    """Pairs where mask [B, m] is set."""
+    samples, neurons = pre.shape
     flat = mask.view(-1).nonzero().squeeze(1)
-    rows = torch.zeros(len(counts) + 1, dtype=torch.int64, device=pre.device)
-    torch.cumsum(counts, 0, out=rows[1:])
-    return Sparse(rows, flat % pre.shape[1], pre.view(-1)[flat], pre.shape[1])
+    # Sorted flat indices: a row begins where they reach its first entry. Summing the mask by rows would convert all of it to integers first.
+    rows = torch.searchsorted(flat, torch.arange(0, (samples + 1) * neurons, neurons, device=pre.device))
+    return Sparse(rows, flat % neurons, pre.view(-1)[flat], neurons)
 
 
 def row_topk(pre: Tensor, k: int) -> Sparse:
