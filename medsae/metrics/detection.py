@@ -32,23 +32,41 @@ def auroc_columns(scores: np.ndarray, targets: np.ndarray) -> np.ndarray:
     return np.array([auroc(scores[:, c], targets[:, c]) for c in range(targets.shape[1])])
 
 
-def confusion_at_quantile(values: np.ndarray, hits: np.ndarray, positives: float, share: float = 0.3) -> tuple[float, float, float]:
-    """Precision, recall and F1 of "the activation is among the neuron's top `share`" against a label.
+SHARE = 0.3
+FEWEST, MOST = 15, 300
+"""The paper's rule: neurons that fire on 15 to 300 images, detecting with the top 30 % of their activations (arXiv 2510.26411)."""
+TOP_IMAGES = int(SHARE * (MOST - 1)) + 3
+"""Images a neuron from which that can be computed exactly."""
+
+
+def quantile_from_top(descending: np.ndarray, count: int, share: float = SHARE) -> float:
+    """The (1 - share) quantile of `count` values (linear interpolation), of which only the largest are given, in descending order."""
+    position = (1 - share) * (count - 1)
+    low = int(np.floor(position))
+    above, below = descending[max(count - 2 - low, 0)], descending[count - 1 - low]
+    return float(below + (position - low) * (above - below))
+
+
+def confusion_at_quantile(descending: np.ndarray, count: int, hits: np.ndarray, positives: np.ndarray, share: float = SHARE) -> np.ndarray:
+    """Precision, recall and F1 [3, C] of "the activation is among the neuron's top `share`" against each label.
+
+    An image counts as detected where the activation is at least the (1 - share) quantile of the neuron's activations above zero.
 
     Args:
-        values: the neuron's activations above zero [k].
-        hits: whether the image has the label [k]; NaN where the policy leaves it out.
-        positives: images with the label, whether the neuron fires on them or not.
-        share: an image counts as detected where the activation is at least the (1 - share) quantile of `values` (linear interpolation).
+        descending: the neuron's largest activations [k], in descending order; at least share * count + 1 of them.
+        count: images on which the neuron is active.
+        hits: labels of the same images [k, C], NaN where missing; an image without the label counts neither way.
+        positives: images with each label [C], whether the neuron fires on them or not.
+        share: of the activations.
     """
-    keep = ~np.isnan(hits)
-    values, hits = values[keep], hits[keep]
-    if not len(values) or positives <= 0:
-        return float("nan"), float("nan"), float("nan")
-    detected = values >= np.quantile(values, 1 - share)
-    true = float(hits[detected].sum())
-    precision, recall = true / float(detected.sum()), true / positives
-    return precision, recall, 2 * precision * recall / (precision + recall) if true else 0.0
+    detected = hits[descending >= quantile_from_top(descending, count, share)]
+    known = (~np.isnan(detected)).sum(0)
+    true = np.nansum(detected, axis=0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        precision, recall = true / known, true / positives
+        f1 = np.where(true > 0, 2 * precision * recall / (precision + recall), 0.0)
+    f1 = np.where(np.isnan(precision) | np.isnan(recall), np.nan, f1)
+    return np.stack([precision, recall, f1])
 
 
 def one_hot_cross_entropy(r: np.ndarray) -> np.ndarray:

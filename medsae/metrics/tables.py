@@ -9,10 +9,10 @@ import numpy as np
 import pyarrow as pa
 
 from medsae.artifacts import EXEMPLAR_SCHEMA
-from medsae.metrics.correlation import alive, entropy, paper_table, top_label
-from medsae.metrics.detection import one_hot_cross_entropy
+from medsae.metrics.correlation import alive, best_neuron, entropy, paper_table, top_label
+from medsae.metrics.detection import FEWEST, MOST, confusion_at_quantile, one_hot_cross_entropy
 from medsae.metrics.state import MeasureState
-from medsae.metrics.targets import CONFOUNDS
+from medsae.metrics.targets import CONFOUNDS, KeyedRows
 
 
 def number(value: Any) -> Any:
@@ -35,8 +35,41 @@ def dead_neurons(state: MeasureState) -> np.ndarray:
     return np.zeros(len(state.activity.n_active), bool) if state.signed else state.activity.n_active == 0
 
 
-def neurons_table(state: MeasureState, labels: list[str], threshold: float) -> pa.Table:
-    """A row a neuron, in the columns of `neurons.parquet`."""
+def detection_figures(state: MeasureState, labels_of: KeyedRows, positives: np.ndarray) -> np.ndarray:
+    """Precision, recall and F1 [m, 3, C] at the activation quantile, for neurons that fire on 15 to 300 images; NaN for the others.
+
+    Args:
+        state: the finished state.
+        labels_of: image key to labels under the policy.
+        positives: images with each label [C].
+    """
+    out = np.full((len(state.activity.n_active), 3, len(positives)), np.nan)
+    neuron, _, value, key = state.top.compute()
+    start = np.searchsorted(neuron, np.arange(len(out) + 1))
+    if state.signed:
+        return out
+    for j in np.flatnonzero((state.activity.n_active >= FEWEST) & (state.activity.n_active <= MOST)):
+        rows = slice(start[j], start[j + 1])
+        out[j] = confusion_at_quantile(value[rows], int(state.activity.n_active[j]), labels_of.take(key[rows]), positives)
+    return out
+
+
+def detection_table(figures: np.ndarray, labels: list[str]) -> dict[str, Any] | None:
+    """Per label the neuron of highest F1, with precision and recall; None where no neuron fires on 15 to 300 images."""
+    f1 = figures[:, 2]
+    if np.isnan(f1).all():
+        return None
+    best = best_neuron(f1)
+    return {
+        label: None
+        if best[c] < 0
+        else dict(zip(("neuron", "precision", "recall", "f1"), [int(best[c]), *figures[best[c], :, c].tolist()], strict=True))
+        for c, label in enumerate(labels)
+    }
+
+
+def neurons_table(state: MeasureState, labels: list[str], threshold: float, detection: np.ndarray) -> pa.Table:
+    """A row a neuron, in the columns of `neurons.parquet`; `detection` as `detection_figures` gives it."""
     activity = state.activity
     every = state.pooled().compute()
     count = len(labels)
@@ -47,6 +80,8 @@ def neurons_table(state: MeasureState, labels: list[str], threshold: float) -> p
     worst = magnitude.argmax(1)
     worst_r = confounds[np.arange(len(r)), worst]
     top_defined = best >= 0
+    f1_label, f1 = top_label(detection[:, 2])
+    at = np.arange(len(r)), slice(None), np.maximum(f1_label, 0)
     columns: dict[str, Any] = {
         "neuron": pa.array(np.arange(len(r)), pa.int32()),
         "frequency": activity.n_active / max(activity.n, 1),
@@ -62,6 +97,10 @@ def neurons_table(state: MeasureState, labels: list[str], threshold: float) -> p
         "monosemanticity": mono.score,
         "monosemanticity_gain": mono.gain,
         "cross_entropy": one_hot_cross_entropy(r),
+        "f1_label": pa.array([labels[b] if b >= 0 else None for b in f1_label], pa.string()),
+        "precision": np.where(f1_label >= 0, detection[at][:, 0], np.nan),
+        "recall": np.where(f1_label >= 0, detection[at][:, 1], np.nan),
+        "f1": f1,
         **{f"confound_{name}": confounds[:, i] for i, name in enumerate(CONFOUNDS)},
         "top_confound": pa.array([CONFOUNDS[w] if not np.isnan(v) else None for w, v in zip(worst, worst_r, strict=True)], pa.string()),
         "confounded": np.where(top_defined, np.abs(np.nan_to_num(worst_r)) > np.nan_to_num(np.abs(best_r)), False),

@@ -21,12 +21,13 @@ from medsae.metrics.calibration import Calibrated, TruthColumns, calibration, re
 from medsae.metrics.comparison import Measured, compare, null_figures, selected_figures
 from medsae.metrics.features import Features
 from medsae.metrics.inference import NullState, Selected, bootstrap_selected, donor_permutation, select
+from medsae.metrics.linear import sample_halves
 from medsae.metrics.probing import sparse_probing, strongest
 from medsae.metrics.state import MeasureState
-from medsae.metrics.tables import exemplars_table, neurons_table, number, summary
+from medsae.metrics.tables import detection_figures, detection_table, exemplars_table, neurons_table, number, summary
 from medsae.metrics.targets import CONFOUNDS, KeyedRows, image_keys, patient_fold, target_values
 from medsae.pipeline.cluster import ray_session
-from medsae.pipeline.measure_tasks import Null, Plan, Second, Side, first_pass, second_pass
+from medsae.pipeline.measure_tasks import Null, Plan, Second, Side, first_pass, get, linear_look, second_pass
 from medsae.pipeline.stage import StageResult
 
 
@@ -48,6 +49,12 @@ class Images:
     def __len__(self) -> int:
         return len(self.patient)
 
+    def by_key(self, labels: int) -> KeyedRows:
+        """The first columns of `targets`, found by image key."""
+        keys = np.fromiter(self.where, np.uint64, len(self.where))
+        order = np.argsort(keys)
+        return KeyedRows([], keys[order], self.targets[order, :labels])
+
 
 def run(config: RunConfig, run: RunDir) -> StageResult:
     """Measures the raw features and every SAE of the configuration.
@@ -58,14 +65,13 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
     with ray_session(config.ray):
         plan, side = prepare(config, run)
         images = read_images(plan, side)
-        shared = ray.put(side)
         null = permuted_labels(plan, images)
-        null_ref = ray.put(null)
+        shared = Shared(ray.put(side), ray.put(null), [ray.put(item) for item in probe_sample(plan, images)])
         measured: dict[str, Measured] = {}
         calibrated: dict[str, Calibrated] = {}
         outputs: dict[str, str] = {}
         for name, features in [(RAW, None), *fit_baselines(plan), *((s.name, None) for s in config.sae)]:
-            measured[name], known, files = measure_one(plan, shared, images, name, features, null, null_ref)
+            measured[name], known, files = measure_one(plan, shared, images, name, features, null)
             outputs.update(files)
             if known is not None:
                 calibrated[name] = known
@@ -143,6 +149,34 @@ def read_images(plan: Plan, side: Side) -> Images:
     return Images(np.concatenate(targets), index, patient_fold(names, plan.config.seed), where, offsets, side.truth.names if side.truth else [])
 
 
+@dataclass(frozen=True)
+class Shared:
+    """References to what the tasks of all features share: `Side`, `Null`, and embeddings, labels and halves of the linear probes."""
+
+    side: Any
+    null: Any
+    probe: list[Any]
+
+
+def probe_sample(plan: Plan, images: Images) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
+    """Embeddings and labels of the images that linear probes are fitted and tested on, and their halves as rows of these."""
+    halves = sample_halves(images.fold, images.patient, plan.config.seed)
+    rows = np.unique(np.concatenate([i for half in halves for i in half]))
+    x = np.empty((len(rows), plan.dim), np.float32)
+    for path, offset in images.offsets.items():
+        part = read_part(plan.run, path, plan.labels, plan.split)
+        wanted = slice(*np.searchsorted(rows, [offset, offset + len(part)]))
+        x[wanted] = part.x[rows[wanted] - offset]
+    where = [(np.searchsorted(rows, a), np.searchsorted(rows, b)) for a, b in halves]
+    return x, images.targets[rows, : len(plan.labels)], where
+
+
+def by_label(values: np.ndarray, labels: list[str]) -> dict[str, float | None]:
+    """Figures [C] by label, with the mean over those that are defined."""
+    defined = values[np.isfinite(values)]
+    return {**dict(zip(labels, values.tolist(), strict=True)), "mean": float(defined.mean()) if len(defined) else None}
+
+
 def permuted_labels(plan: Plan, images: Images) -> Null | None:
     """The permutations of the labels over the patients; the same for all features."""
     count = plan.config.measure.permutations
@@ -157,18 +191,19 @@ def permuted_labels(plan: Plan, images: Images) -> Null | None:
 
 
 def measure_one(
-    plan: Plan, side: Any, images: Images, name: str, features: Features | None, null: Null | None, null_ref: Any
+    plan: Plan, shared: Shared, images: Images, name: str, features: Features | None, null: Null | None
 ) -> tuple[Measured, Calibrated | None, dict[str, str]]:
     """Both passes of one set of features; writes `measure/NAME/` but for the comparison."""
     settings, labels, seed = plan.config.measure, plan.labels, plan.config.seed
     count = len(labels)
     features_ref = ray.put(features)
-    state = first_pass(plan, side, name, features_ref)
+    state = first_pass(plan, shared.side, name, features_ref)
     choice = Choice.of(state, count)
     pooled = state.pooled()
     spread = np.sqrt(pooled.m2[:, 0] / max(pooled.n[0], 1))
     second = Second(choice.neurons, np.where(spread > 0, spread, 1.0).astype(np.float32), images.offsets)
-    values, null_state = second_pass(plan, name, features_ref, second, null_ref)
+    linear = ray.remote(linear_look).options(name=f"probe {name}", num_cpus=1).remote(plan, name, features_ref, *shared.probe)
+    values, null_state = second_pass(plan, name, features_ref, second, shared.null)
     activations = {int(j): values[:, i] for i, j in enumerate(choice.neurons)}
     targets = images.targets[:, :count]
 
@@ -185,6 +220,7 @@ def measure_one(
         draws(choice.either, targets),
         None if null is None or null_state is None else best_under_null(null, null_state),
     )
+    detection = detection_figures(state, images.by_key(count), np.nansum(targets, axis=0))
     figures = summary(name, state, labels, settings.alive_correlation)
     figures |= {
         "split": settings.split,
@@ -193,11 +229,15 @@ def measure_one(
         "encoder": plan.run.read_manifest().get("encoder"),
         "selected": selected_figures(found, labels),
         "null": null_figures(found, labels),
-        "probing": sparse_probing(choice.probes, activations, targets, images.fold, labels, seed),
+        "detection": detection_table(detection, labels),
+        "probing": sparse_probing(choice.probes, activations, targets, images.fold, labels, seed)
+        | {f"linear_{kind}": by_label(areas, labels) for kind, areas in get(linear).items()},
     }
     folder = f"measure/{name}"
     outputs = {
-        f"{folder}/neurons.parquet": plan.run.write_table(f"{folder}/neurons.parquet", neurons_table(state, labels, settings.alive_correlation)),
+        f"{folder}/neurons.parquet": plan.run.write_table(
+            f"{folder}/neurons.parquet", neurons_table(state, labels, settings.alive_correlation, detection)
+        ),
         f"{folder}/exemplars.parquet": plan.run.write_table(f"{folder}/exemplars.parquet", exemplars_table(state, images.where, settings.exemplars)),
         f"{folder}/summary.json": plan.run.write_json(f"{folder}/summary.json", number(figures)),
     }

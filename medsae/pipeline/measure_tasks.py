@@ -18,8 +18,10 @@ from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, read_part
 from medsae.config import RunConfig
 from medsae.errors import ArtifactError, MedSAEError
 from medsae.metrics.columns import Columns, as_array
+from medsae.metrics.detection import TOP_IMAGES
 from medsae.metrics.features import Features, RawFeatures, SAEFeatures
 from medsae.metrics.inference import NullState
+from medsae.metrics.linear import probe_features
 from medsae.metrics.state import MeasureState
 from medsae.metrics.targets import KeyedRows, image_keys, patient_fold, target_values
 from medsae.progress import progress
@@ -112,7 +114,7 @@ def fold_parts(plan: Plan, side: Side, name: str, given: Features | None, parts:
         fold = patient_fold(part.column("patient_id"), plan.config.seed)
         for rows, z in batches(part, features, plan.config.measure.rows):
             if state is None:
-                top = max(plan.config.measure.exemplars, 1)
+                top = plan.config.measure.exemplars if features.signed else max(plan.config.measure.exemplars, TOP_IMAGES)
                 state = MeasureState(z.shape[1], plan.target_count, plan.dim, plan.reference_dim, top, features.signed)
             x_hat = features.decode(z)
             reference = part.x[rows] if side.reference is None else side.reference.take(keys[rows])
@@ -172,6 +174,11 @@ def _fresh(state: MeasureState) -> MeasureState:
     m, t = state.moments[0].co.shape
     d, k = len(state.reconstruction.mean), state.top.k
     return MeasureState(m, t, d, state.monosemanticity.moments.co.shape[1], k, state.signed)
+
+
+def linear_look(plan: Plan, name: str, given: Features | None, x: np.ndarray, y: np.ndarray, halves: list[Any]) -> dict[str, np.ndarray]:
+    """Linear probes of one set of features, as one task."""
+    return probe_features(load_features(plan, name, given), x, y, halves)
 
 
 def groups(parts: list[str], size: int = PARTS_PER_TASK) -> list[list[str]]:

@@ -12,7 +12,7 @@ from sklearn import metrics as skm
 from medsae.metrics import Activity, MeasureState, Moments, Monosemanticity, Reconstruction, TopImages, apply_policy, auroc, entropy, paper_table
 from medsae.metrics.columns import Columns
 from medsae.metrics.correlation import alive, best_neuron, top_label
-from medsae.metrics.detection import confusion_at_quantile, one_hot_cross_entropy
+from medsae.metrics.detection import TOP_IMAGES, confusion_at_quantile, one_hot_cross_entropy
 
 
 def hard_data(seed: int, n: int = 240, m: int = 24, c: int = 5, missing: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
@@ -273,15 +273,19 @@ def test_top_images_equal_sorting() -> None:
         np.testing.assert_array_equal(rank[neuron == j], np.arange(len(order)))
 
 
-def test_confusion_at_quantile_equals_scikit_learn() -> None:
-    rng = np.random.default_rng(0)
-    a = np.maximum(rng.standard_normal(200) - 1, 0)
-    y = (rng.random(200) < 0.3).astype(float)
-    active = a > 0
-    threshold = np.quantile(a[active], 0.7)
-    got = confusion_at_quantile(a[active], y[active], y.sum())
-    want = skm.precision_recall_fscore_support(y, a >= threshold, average="binary")[:3]
-    np.testing.assert_allclose(got, want, atol=1e-12)
+@pytest.mark.parametrize("n", [15, 16, 17, 100, 299, 300])
+def test_confusion_at_quantile_equals_scikit_learn(n: int) -> None:
+    rng = np.random.default_rng(n)
+    a = np.zeros(500)
+    a[:n] = rng.exponential(size=n)
+    y = (rng.random((500, 2)) < 0.3).astype(float)
+    threshold = np.quantile(a[:n], 0.7)
+    order = np.argsort(-a)[:TOP_IMAGES]
+    order = order[a[order] > 0]
+    got = confusion_at_quantile(a[order], n, y[order], y.sum(0))
+    for c in range(2):
+        want = skm.precision_recall_fscore_support(y[:, c], a >= threshold, average="binary")[:3]
+        np.testing.assert_allclose(got[:, c], want, atol=1e-12)
 
 
 def test_cross_entropy_equals_scikit_learn() -> None:

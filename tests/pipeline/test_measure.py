@@ -74,8 +74,8 @@ def features(monkeypatch: pytest.MonkeyPatch) -> LinearFeatures:
     made = LinearFeatures(weight, np.full(D, 1.0), 0.05 * weight.T, relu=True)
     original = measure.measure_one
 
-    def with_features(plan: Any, side: Any, images: Any, name: str, given: Any, *rest: Any) -> Any:
-        return original(plan, side, images, name, made if name == "standard" else given, *rest)
+    def with_features(plan: Any, shared: Any, images: Any, name: str, given: Any, *rest: Any) -> Any:
+        return original(plan, shared, images, name, made if name == "standard" else given, *rest)
 
     monkeypatch.setattr(measure, "measure_one", with_features)
     return made
@@ -100,6 +100,8 @@ def test_artifacts_equal_numpy_on_the_whole_matrix(tmp_path: Path, ray_cluster: 
         for c, label in enumerate(LABELS):
             assert summary["paper_table"][label]["neuron"] == r[:, c].argmax()
             assert summary["label_counts"][label]["positive"] == y[:, c].sum()
+        assert summary["probing"]["linear_features"]["mean"] > 0.7
+        assert ("linear_reconstruction" in summary["probing"]) == (name == "standard")
         exemplars = run.read_table(f"measure/{name}/exemplars.parquet").to_pandas()
         top = exemplars[(exemplars.neuron == 3) & (exemplars["rank"] == 0)].iloc[0]
         assert top.image_id == data.column("image_id")[z[:, 3].argmax()]
