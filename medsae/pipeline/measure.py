@@ -19,9 +19,11 @@ from medsae.errors import ArtifactError
 from medsae.metrics.baselines import PREFIX, fit
 from medsae.metrics.calibration import Calibrated, TruthColumns, calibration, read_truth, reported_auroc, versus
 from medsae.metrics.comparison import Measured, compare, null_figures, selected_figures
+from medsae.metrics.detection import auroc_columns
 from medsae.metrics.features import Features
 from medsae.metrics.inference import NullState, Selected, bootstrap_selected, donor_permutation, select
 from medsae.metrics.linear import sample_halves
+from medsae.metrics.monosemanticity import unit
 from medsae.metrics.probing import sparse_probing, strongest
 from medsae.metrics.state import MeasureState
 from medsae.metrics.tables import detection_figures, detection_table, exemplars_table, neurons_table, number, summary
@@ -66,7 +68,7 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
         plan, side = prepare(config, run)
         images = read_images(plan, side)
         null = permuted_labels(plan, images)
-        shared = Shared(ray.put(side), ray.put(null), [ray.put(item) for item in probe_sample(plan, images)])
+        shared = Shared(ray.put(side), ray.put(null), [ray.put(item) for item in probe_sample(plan, images)], zero_shot(plan, images))
         measured: dict[str, Measured] = {}
         calibrated: dict[str, Calibrated] = {}
         outputs: dict[str, str] = {}
@@ -151,11 +153,13 @@ def read_images(plan: Plan, side: Side) -> Images:
 
 @dataclass(frozen=True)
 class Shared:
-    """References to what the tasks of all features share: `Side`, `Null`, and embeddings, labels and halves of the linear probes."""
+    """References to what the tasks of all features share: `Side`, `Null`, and embeddings, labels and halves of the linear probes;
+    `zero_shot` AUROC by label."""
 
     side: Any
     null: Any
     probe: list[Any]
+    zero_shot: dict[str, float | None] | None
 
 
 def probe_sample(plan: Plan, images: Images) -> tuple[np.ndarray, np.ndarray, list[tuple[np.ndarray, np.ndarray]]]:
@@ -175,6 +179,30 @@ def by_label(values: np.ndarray, labels: list[str]) -> dict[str, float | None]:
     """Figures [C] by label, with the mean over those that are defined."""
     defined = values[np.isfinite(values)]
     return {**dict(zip(labels, values.tolist(), strict=True)), "mean": float(defined.mean()) if len(defined) else None}
+
+
+def zero_shot(plan: Plan, images: Images) -> dict[str, float | None] | None:
+    """AUROC per label of the encoder's own text prompts; None where the encoder has no text tower or no prompts.
+
+    The score is the mean cosine of image and prompts for the label minus that of the prompts against it.
+    """
+    from medsae.encoders import TextEncoder, load_encoder
+
+    settings = plan.config.encoder
+    if settings.name != plan.run.read_manifest().get("encoder", {}).get("name"):
+        return None
+    encoder = load_encoder(settings.name, settings.weights, seed=settings.seed, sha256=settings.sha256)
+    prompts_of = getattr(encoder, "zero_shot_prompts", None)
+    if prompts_of is None or not isinstance(encoder, TextEncoder) or encoder.dim != plan.dim:
+        return None
+    prompts: dict[str, tuple[list[str], list[str]]] = {k: v for k, v in prompts_of().items() if k in plan.labels}
+    axes = [unit(encoder.encode_text(yes)).mean(0) - unit(encoder.encode_text(no)).mean(0) for yes, no in prompts.values()]
+    if not axes:
+        return None
+    parts = (read_part(plan.run, path, plan.labels, plan.split) for path in images.offsets)
+    scores = np.concatenate([unit(part.x) @ np.column_stack(axes) for part in parts])
+    areas = dict(zip(prompts, auroc_columns(scores, images.targets[:, [plan.labels.index(k) for k in prompts]]).tolist(), strict=True))
+    return {label: areas.get(label) for label in plan.labels}
 
 
 def permuted_labels(plan: Plan, images: Images) -> Null | None:
@@ -225,7 +253,7 @@ def measure_one(
     figures |= {
         "split": settings.split,
         "reference": settings.reference or "circular: the embeddings themselves",
-        "zero_shot": None,
+        "zero_shot": shared.zero_shot,
         "encoder": plan.run.read_manifest().get("encoder"),
         "selected": selected_figures(found, labels),
         "null": null_figures(found, labels),
