@@ -62,6 +62,8 @@ class FeatureServiceConfig(Section):
     """GPUs a model replica."""
     num_cpus: float = Field(1, gt=0)
     """CPUs a model replica; the forward pass uses as many threads."""
+    environment: dict[str, str] = {}
+    """Environment variables of the replicas, for what is not secret: Serve shows an application's arguments to whoever may see the cluster."""
 
 
 def build(args: dict[str, Any]) -> Application:
@@ -82,15 +84,17 @@ def build(args: dict[str, Any]) -> Application:
     measured, encoder = read_measured(run, name), run.read_manifest().get("encoder")
     if not encoder:
         raise ArtifactError(f"{run.path('manifest.json')} names no encoder; run `medsae extract` first")
+    environment = {"env_vars": config.environment} if config.environment else {}
     model = FeatureModel.options(  # type: ignore[attr-defined]
         num_replicas=config.replicas,
         # Serve hands a replica at most this many requests at once: fewer than a batch would cap the batch.
         max_ongoing_requests=2 * config.batch + 8,
         max_queued_requests=4 * config.max_in_work,
-        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus},
+        ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus, "runtime_env": environment},
     ).bind(config, name)
     api = FeatureAPI.options(  # type: ignore[attr-defined]
         num_replicas=config.ingress_replicas,
+        ray_actor_options={"num_cpus": 0.5, "runtime_env": environment},
         # Above the guard's own limit, so that the guard answers and health checks still get through.
         max_ongoing_requests=2 * config.max_in_work + 16,
         max_queued_requests=2 * config.max_in_work,
@@ -166,7 +170,7 @@ class FeatureModel:
         return True
 
 
-@serve.deployment(name="FeatureAPI", ray_actor_options={"num_cpus": 0.5})
+@serve.deployment(name="FeatureAPI")
 @serve.ingress()
 class FeatureAPI:
     """The ingress: checks, decodes, preprocesses, asks the model, and knows the neurons' names and figures."""
