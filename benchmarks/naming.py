@@ -1,6 +1,6 @@
 """Requests and tokens per second of the naming service beside the same engine offline, one request at a time, and the paper's way; in one run.
 
-    python benchmarks/naming.py [--model DIRECTORY] [--requests N] [--images N] [--hidden 640 --layers 12] [--json FILE]
+    python benchmarks/naming.py [--model DIRECTORY] [--requests N] [--images N] [--hidden 256 --layers 4] [--json FILE]
 
 Without --model a Gemma3 of toy size with random weights is made (--hidden, --layers); with it, any Gemma3-class directory, with --load-format dummy or auto.
 All rows answer the same prompts (the naming prompt, N images each) under the same JSON schema and engine arguments; every engine starts with an empty cache.
@@ -168,6 +168,7 @@ def apart(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
         result: dict[str, Any] = json.loads(out.read_text())
+        print(f"{name}: {json.dumps(result)}", file=sys.stderr, flush=True)
         return result
 
 
@@ -175,15 +176,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--load-format", default=None)
-    parser.add_argument("--requests", type=int, default=96)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--images", type=int, default=4)
     parser.add_argument("--pool", type=int, default=200)
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--max-tokens", type=int, default=600)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=640)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--skip", nargs="*", default=[], choices=list(ROWS))
     parser.add_argument("--json")
     parser.add_argument("--row", nargs=3)

@@ -97,6 +97,8 @@ def llm_config(config: ServiceConfig, gpus: int) -> Any:
         "max_model_len": 8192,
         "limit_mm_per_prompt": {"image": config.images},
         "enable_prefix_caching": True,
+        # Without it answers do not say how much of a prompt came from the cache.
+        "enable_prompt_tokens_details": True,
         # Images come in the request: the engine must not fetch addresses that a request names.
         "allowed_media_domains": ["none.invalid"],
         # The backend must be named: without it, white space between the keys stays allowed and a weak model loops on it.
