@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import scipy.sparse as sp
@@ -221,18 +222,19 @@ class NullState:
         self.labels, self.permutations, self.masked = labels, permutations, masked
         self.sums = np.zeros((3 if masked else 1, neurons, labels * permutations), np.float32)
 
-    def update(self, activations: np.ndarray, centred: np.ndarray, given: np.ndarray | None) -> None:
+    def update(self, activations: Any, centred: np.ndarray, given: np.ndarray | None) -> None:
         """Adds a batch.
 
         Args:
-            activations: float32 [n, m], divided by each neuron's standard deviation.
+            activations: float32 [n, m], numpy or scipy.sparse, divided by each neuron's standard deviation.
             centred: permuted labels minus their mean [n, P * C], 0 where missing.
             given: whether a permuted label is there, the same shape; None unless `masked`.
         """
         self.sums[0] += activations.T @ centred
         if self.masked and given is not None:
             self.sums[1] += activations.T @ given
-            self.sums[2] += (activations**2).T @ given
+            square = activations.multiply(activations) if sp.issparse(activations) else activations**2
+            self.sums[2] += square.T @ given
 
     def merge(self, other: NullState) -> NullState:
         """Adds another state's images to this one, in place; returns self."""

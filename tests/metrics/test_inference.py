@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import scipy.sparse as sp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -137,7 +138,8 @@ def test_donors_move_whole_patients() -> None:
 
 
 @pytest.mark.parametrize("missing", [False, True])
-def test_null_equals_corrcoef_of_permuted_labels(missing: bool) -> None:
+@pytest.mark.parametrize("sparse", [False, True])
+def test_null_equals_corrcoef_of_permuted_labels(missing: bool, sparse: bool) -> None:
     rng = np.random.default_rng(4)
     n, m, c, p = 150, 20, 3, 4
     a = (rng.exponential(size=(n, m)) * (rng.random((n, m)) < 0.4)).astype(np.float32)
@@ -152,7 +154,7 @@ def test_null_equals_corrcoef_of_permuted_labels(missing: bool) -> None:
     scaled = a / a.std(0)
     centred = np.where(given_, permuted - mean, 0)
     for s, rows in ((state, slice(0, 70)), (half, slice(70, n))):
-        s.update(scaled[rows], centred[rows], given_[rows].astype(np.float32) if missing else None)
+        s.update(sp.csr_matrix(scaled[rows]) if sparse else scaled[rows], centred[rows], given_[rows].astype(np.float32) if missing else None)
     got = state.merge(half).best(given_.sum(0), np.sqrt(mean * (1 - mean)))
     exact = Moments(m, c * p)
     exact.update(a, permuted.astype(float))
