@@ -226,7 +226,7 @@ counts as negative although the finding is there). *Planted*: the finding is the
 | **mean** | | **{mean:.3f}** | **{planted:.3f}** |
 
 ## Limits
-Words outside of its vocabulary share one token: `PhantomCLIP.tokenizer.unknown(text)` names them. Slight fractures, nodules and bands are hard at {SIZE} pixels.
+Words outside of its vocabulary share one token: `PhantomCLIP.tokenizer.unknown(text)` names them. Small structures are hard at {SIZE} pixels.
 """
 
 
