@@ -22,10 +22,13 @@ SIZES = {  # name -> (mode, width, height)
     "colour-small": ("RGB", 33, 180),
 }
 
-WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] ##s ##al ##ly mild minimal severe small large linear trace at the of lung lungs base bases left right upper lower lobe mid zone "
-    "effusion opacity nodule normal heart size there is no , . - acute chronic change both a"
-).split()
+# fmt: off
+WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "##s", "##al", "##ly", "mild", "minimal", "severe", "small", "large", "linear", "trace", "at",
+    "the", "of", "lung", "lungs", "base", "bases", "left", "right", "upper", "lower", "lobe", "mid", "zone", "effusion", "opacity", "nodule",
+    "normal", "heart", "size", "there", "is", "no", ",", ".", "-", "acute", "chronic", "change", "both", "a",
+]
+# fmt: on
 TEXTS = [
     "mild linear opacity at the left lung base",
     "  small effusion, right lower lobe.",

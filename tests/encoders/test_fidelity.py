@@ -96,7 +96,7 @@ def test_tokens_and_text_embeddings(pair: Any) -> None:
     np.testing.assert_array_equal(tokens["input_ids"], expected["input_ids"])
     np.testing.assert_array_equal(tokens["attention_mask"], expected["attention_mask"])
     for found in (encoder.encode_tokens(expected["input_ids"], expected["attention_mask"]), encoder.encode_text(rule.TEXTS)):
-            assert distance(found, expected["text"]) < BOUND
+        assert distance(found, expected["text"]) < BOUND
         assert distance(found, expected["text_float64"]) < BOUND
 
 
