@@ -65,9 +65,9 @@ STYLE: dict[str, Any] = {
 
 
 def colours(measured: list[Measured]) -> dict[str, str]:
-    """Name under `measure/` to its palette entry: raw has its own, SAEs take turns."""
-    saes = [m.name for m in measured if not m.is_raw]
-    return {m.name: "raw" if m.is_raw else f"sae-{saes.index(m.name) % 4 + 1}" for m in measured}
+    """Name under `measure/` to its palette entry: raw has its own, baselines share one, SAEs take turns."""
+    saes = [m.name for m in measured if not m.is_raw and not m.is_baseline]
+    return {m.name: "raw" if m.is_raw else "base" if m.is_baseline else f"sae-{saes.index(m.name) % 4 + 1}" for m in measured}
 
 
 @contextmanager
@@ -231,3 +231,25 @@ def _curve(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)
     array = array[np.isfinite(array).all(axis=1)]
     return array[:, 0], array[:, 1]
+
+
+def forest(rows: list[tuple[str, dict[str, float]]], colour: str, xlabel: str) -> Figure | None:
+    """Differences with their intervals (`value`, `low`, `high`), a row each; the last is the mean, drawn apart. None without rows."""
+    rows = [(label, d) for label, d in rows if all(isinstance(d.get(k), int | float) for k in ("value", "low", "high"))]
+    if not rows:
+        return None
+    with _figure(7.4, 0.9 + 0.28 * len(rows)) as (figure, ax):
+        for y, (_, d) in enumerate(reversed(rows)):
+            mean = y == 0
+            ax.plot([d["low"], d["high"]], [y, y], color=PALETTE[colour], linewidth=3 if mean else 1.8, solid_capstyle="round", zorder=2)
+            ax.scatter([d["value"]], [y], s=70 if mean else 34, marker="D" if mean else "o", color=PALETTE[colour], zorder=3)
+        ax.axvline(0, color=PALETTE["muted"], linewidth=1, zorder=1)
+        ax.axhline(0.5, color=PALETTE["line"], linewidth=1)
+        ax.set_yticks(range(len(rows)), [label for label, _ in reversed(rows)])
+        ax.tick_params(axis="y", colors=PALETTE["ink"], labelsize=9.5)
+        ax.set_ylim(-0.6, len(rows) - 0.4)
+        ax.set_xlabel(xlabel)
+        ax.grid(axis="x")
+        ax.grid(False, axis="y")
+        ax.spines["left"].set_visible(False)
+    return figure

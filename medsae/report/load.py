@@ -29,7 +29,9 @@ class Measured:
     r: np.ndarray
     exemplars: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
     names: dict[int, dict[str, Any]] = field(default_factory=dict)
-    scores: list[dict[str, Any]] = field(default_factory=list)
+    scores: dict[int, dict[str, Any]] = field(default_factory=dict)
+    score_means: dict[str, Any] = field(default_factory=dict)
+    name_figures: dict[str, Any] = field(default_factory=dict)
     training: list[dict[str, Any]] = field(default_factory=list)
     calibration: dict[str, Any] | None = None
 
@@ -38,8 +40,12 @@ class Measured:
         return self.name == RAW
 
     @property
+    def is_baseline(self) -> bool:
+        return self.name.startswith("baseline-")
+
+    @property
     def title(self) -> str:
-        return "raw features" if self.is_raw else self.name
+        return "raw features" if self.is_raw else self.name.removeprefix("baseline-")
 
     @property
     def n_neurons(self) -> int:
@@ -77,6 +83,15 @@ class ReportData:
     @property
     def all(self) -> list[Measured]:
         return ([self.raw] if self.raw else []) + self.saes
+
+    @property
+    def everything(self) -> list[Measured]:
+        """Raw features, SAEs, baselines."""
+        return self.all + self.baselines
+
+    def find(self, name: str) -> Measured | None:
+        """What was measured under a name."""
+        return next((m for m in self.everything if m.name == name), None)
 
     @property
     def labels(self) -> list[str]:
@@ -119,11 +134,33 @@ def _name_rank(row: dict[str, Any]) -> tuple[bool, bool]:
     return row["status"] == "ok", row["namer"] != "label"
 
 
+METHODS = ("detection", "embedding", "paper", "labels")
+"""Ways of scoring a name, the most telling first: a card shows one."""
+
+
+def _read_scores(run: RunDir, name: str) -> dict[int, dict[str, Any]]:
+    """Per neuron the row of its own name by the first of `METHODS` that scored any, with the shuffled name's figure as `shuffled`."""
+    table = _optional_table(run, f"scores/{name}.parquet")
+    rows = table.to_pylist() if table is not None else []
+    method = next((m for m in METHODS if any(row["method"] == m for row in rows)), None)
+    mine = {row["neuron"]: dict(row) for row in rows if row["method"] == method and row["control"] == "none"}
+    for row in rows:
+        if row["method"] == method and row["control"] == "shuffled" and row["neuron"] in mine:
+            mine[row["neuron"]]["shuffled"] = row["balanced_accuracy"]
+    return mine
+
+
 def _read_training(run: RunDir, name: str) -> list[dict[str, Any]]:
     path = f"sae/{name}/training.jsonl"
     if name == RAW or not run.exists(path):
         return []
-    return [json.loads(line) for line in run.read_bytes(path).decode().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in run.read_bytes(path).decode().splitlines() if line.strip()]
+    # A dictionary of named losses becomes a column each.
+    return [{k: v for row_k, row_v in row.items() for k, v in _flat(row_k, row_v)} for row in rows]
+
+
+def _flat(key: str, value: Any) -> list[tuple[str, Any]]:
+    return [(f"{key}.{k}", v) for k, v in value.items()] if isinstance(value, dict) else [(key, value)]
 
 
 def read_measured(run: RunDir, name: str) -> Measured:
@@ -149,7 +186,6 @@ def read_measured(run: RunDir, name: str) -> Measured:
             exemplars.setdefault(row["neuron"], []).append(row)
     for rows in exemplars.values():
         rows.sort(key=lambda row: -row["activation"])
-    scores = _optional_table(run, f"scores/{name}.parquet")
     return Measured(
         name=name,
         summary=summary,
@@ -158,7 +194,9 @@ def read_measured(run: RunDir, name: str) -> Measured:
         r=r,
         exemplars=exemplars,
         names=_read_names(run, name),
-        scores=scores.to_pylist() if scores is not None else [],
+        scores=_read_scores(run, name),
+        score_means=_optional_json(run, f"scores/{name}.json") or {},
+        name_figures=_optional_json(run, f"names/{name}.json") or {},
         training=_read_training(run, name),
         calibration=_optional_json(run, f"measure/{name}/calibration.json"),
     )

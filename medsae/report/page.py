@@ -15,11 +15,19 @@ from matplotlib.figure import Figure
 from medsae.artifacts import RunDir
 from medsae.report import figures
 from medsae.report.config import ReportConfig
+from medsae.report.findings import calibration_rows, headline, probing_table, score_rows
+from medsae.report.format import count, median, num, percent, signed
 from medsae.report.load import Measured, ReportData, read_report_data
 from medsae.report.thumbnails import Thumbnails
 
 HEAT_MAP_NEURONS = 40
-TRAINING_KEYS = {"loss": "loss", "fvu": "unexplained variance (FVU)", "l0": "active neurons an image (L0)", "dead": "dead neurons"}
+TRAINING_KEYS = {
+    "loss": "loss",
+    "loss.mse": "reconstruction loss",
+    "fvu": "unexplained variance (FVU)",
+    "l0": "active neurons an image (L0)",
+    "dead_share": "share of dead neurons",
+}
 TOP_LABELS = 4
 
 
@@ -36,7 +44,7 @@ def build_report(run: RunDir, config: ReportConfig, data_root: str) -> dict[str,
     files: dict[str, bytes] = {}
     page = _Page(data, config, Thumbnails(data_root), files)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(num=num, percent=percent, count=count)
+    environment.filters.update(num=num, percent=percent, count=count, signed=signed)
     template = environment.from_string(_resource("report.html"))
     html = template.render(page.context(), css=Markup(_resource("report.css")))
     files["report/index.html"] = html.encode()
@@ -47,33 +55,15 @@ def _resource(name: str) -> str:
     return resources.files("medsae.report").joinpath(name).read_text()
 
 
-def num(value: Any, digits: int = 2) -> str:
-    """A number for people, with a true minus; an en dash where it is undefined."""
-    if not isinstance(value, int | float | np.number) or not math.isfinite(value):
-        return "–"
-    return f"{value:.{digits}f}".replace("-", "−")
-
-
-def percent(value: Any, digits: int = 0) -> str:
-    """A share as a percentage."""
-    return "–" if num(value) == "–" else f"{num(100 * value, digits)} %"
-
-
-def count(value: Any) -> str:
-    """An integer with thin spaces between thousands."""
-    return "–" if num(value) == "–" else f"{int(value):,}".replace(",", "\u202f")
-
-
 class _Page:
     """Turns what was read into what the template shows."""
 
     def __init__(self, data: ReportData, config: ReportConfig, thumbnails: Thumbnails, files: dict[str, bytes]) -> None:
         self.data, self.config, self.thumbnails, self.files = data, config, thumbnails, files
-        self.colours = figures.colours(data.all)
+        self.colours = figures.colours(data.everything)
 
     def context(self) -> dict[str, Any]:
         data = self.data
-        main = best_sae(data)
         cards = {m.name: self.cards(m) for m in data.saes}
         return {
             "title": self.config.title,
@@ -81,14 +71,17 @@ class _Page:
             "notice": data.notice,
             "facts": self.facts(),
             "headline": headline(data),
-            "main": main,
             "colours": self.colours,
             "table": self.table({name: {c["neuron"] for c in found} for name, found in cards.items()}),
             "means": [m.summary.get("paper_mean") or {} for m in data.all],
             "dumbbell": self.figure("best-per-label", figures.dumbbell(data.raw, data.saes), self.dumbbell_alt()),
             "heat_maps": self.heat_maps(),
+            "comparison": self.comparison(),
+            "calibrations": [(m, rows) for m in data.saes if (rows := calibration_rows(m))],
+            "probing": probing_table(data),
             "distributions": self.distributions(),
             "training": self.training(),
+            "scored": [row for m in data.all for row in score_rows(m)],
             "cards": cards,
             "unreadable": len(self.thumbnails.failures),
             "unreadable_reasons": sorted(set(self.thumbnails.failures.values())),
@@ -189,11 +182,34 @@ class _Page:
             panels.append(("monosemanticity", "Monosemanticity", "monosemanticity score", sets, lambda m: m.columns["monosemanticity"], False))
         found = []
         for key, title, xlabel, of, values, log in panels:
-            medians = [f"{m.title} {num(_median(values(m)), 3)}" for m in of]
+            medians = [f"{m.title} {num(median(values(m)), 3)}" for m in of]
             alt = f"{title}: share of neurons over {xlabel}. Medians: {', '.join(medians)}."
             svg = self.figure(f"distribution-{key}", figures.histogram(of, values, xlabel, log), alt)
             found.append({"title": title, "svg": svg, "medians": list(zip(of, medians, strict=True))})
         return found
+
+    def comparison(self) -> dict[str, Any] | None:
+        """The split-selected differences of `measure/headline.json`; None where the run has none."""
+        told = self.data.headline
+        if told is None:
+            return None
+        main = self.data.find(told["name"]) or self.data.saes[0]
+        null = (main.summary.get("null") or {}).get("labels") or {}
+        rows = [{"label": label, **cell, "null": null.get(label) or {}} for label, cell in told["labels"].items() if cell]
+        rows.sort(key=lambda row: -row["difference"]["value"])
+        points = [(row["label"], row["difference"]) for row in rows] + [("Mean over labels", told["correlation"])]
+        alt = "Difference of split-selected correlation, SAE minus raw, with 95 % intervals. " + "; ".join(f"{x}: {signed(d)}" for x, d in points)
+        figure = figures.forest(points, self.colours[main.name], f"correlation of {main.title} minus raw features")
+        titles = {m.name: m.title for m in self.data.everything}
+        return {
+            "told": told,
+            "rows": rows,
+            "null": main.summary.get("null") or {},
+            "svg": self.figure("forest", figure, alt),
+            "others": [
+                {**c, "a": titles.get(c["name"], c["name"]), "b": titles.get(c["baseline"], c["baseline"])} for c in told.get("comparisons") or []
+            ],
+        }
 
     def training(self) -> list[Markup]:
         found = []
@@ -223,52 +239,18 @@ class _Page:
                     "bars": bars,
                     "wins": [label for label in m.labels if (cell := m.best(label)) and cell["neuron"] == neuron],
                     **{key: float(m.columns[key][neuron]) for key in ("top_r", "entropy", "frequency")},
+                    "score": m.scores.get(neuron),
+                    "confound": self.confound(m, neuron),
                     "top_label": str(m.columns["top_label"][neuron]),
                     "n_active": int(m.columns["n_active"][neuron]) if "n_active" in m.columns else None,
                 }
             )
         return cards
 
-
-def _median(values: np.ndarray) -> float:
-    values = np.asarray(values, dtype=np.float64)
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if len(values) else math.nan
-
-
-def _mean(m: Measured, key: str) -> float:
-    value = (m.summary.get("paper_mean") or {}).get(key)
-    return float(value) if value is not None else math.nan
-
-
-def best_sae(data: ReportData) -> Measured:
-    """The SAE that the headline speaks of: highest mean correlation of the paper's table."""
-    return max(data.saes, key=lambda m: np.nan_to_num(_mean(m, "r"), nan=-np.inf))
-
-
-def headline(data: ReportData) -> dict[str, Any]:
-    """What the numbers say, in words: a claim, the figures behind it and what keeps it from being more than that."""
-    main, raw = best_sae(data), data.raw
-    if raw is None:
-        claim = f"The best neurons of {main.name} reach a mean correlation of {num(_mean(main, 'r'))} with the labels."
-        return {"claim": claim, "detail": "The encoder's own features were not measured, so there is nothing to compare with.", "caution": None}
-    pairs = [(a["r"], b["r"]) for label in data.labels if (a := main.best(label)) and (b := raw.best(label))]
-    ahead = sum(a > b for a, b in pairs)
-    gap = _mean(main, "r") - _mean(raw, "r")
-    if not math.isfinite(gap):
-        return {"claim": "No label has a defined correlation on these images.", "detail": "See the label counts in the table.", "caution": None}
-    if ahead == len(pairs):
-        claim = f"For every one of {len(pairs)} labels, one SAE neuron follows it more closely than any raw feature does."
-    elif gap > 0:
-        claim = f"For {ahead} of {len(pairs)} labels, one SAE neuron follows the label more closely than any raw feature does."
-    else:
-        claim = f"The SAE's neurons follow the labels no more closely than raw features do: ahead on {ahead} of {len(pairs)}."
-    detail = (
-        f"On average the best neuron of {main.name} correlates with r = {num(_mean(main, 'r'))} at entropy {num(_mean(main, 'entropy'))}, "
-        f"the best raw feature with r = {num(_mean(raw, 'r'))} at entropy {num(_mean(raw, 'entropy'))}."
-    )
-    caution = (
-        f"The best of {count(main.n_neurons)} neurons stands beside the best of {count(raw.n_neurons)} features, chosen on the images it is reported on. "
-        "More candidates reach a higher maximum by chance alone, so this difference by itself settles nothing."
-    )
-    return {"claim": claim, "detail": detail, "caution": caution}
+    def confound(self, m: Measured, neuron: int) -> tuple[str, float] | None:
+        """The confound that explains a neuron better than its label does, and its correlation."""
+        if "confounded" not in m.columns or not bool(m.columns["confounded"][neuron]):
+            return None
+        name = str(m.columns["top_confound"][neuron])
+        column = m.columns.get(f"confound_{name}")
+        return (name, float(column[neuron])) if column is not None else None
