@@ -81,8 +81,10 @@ def head(tmp_path: Path) -> Iterator[str]:
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=200000000"]
     command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true", "--disable-usage-stats"]
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir=/tmp/r{os.getpid()}"]
+    # A job runs `python` as the head finds it: here, this environment's.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (tmp_path / "head.log").open("w") as log:
-        child = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_MODE": "disabled"})
+        child = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, "RAY_AUTH_MODE": "disabled", "PATH": path})
     address = f"http://127.0.0.1:{dashboard}"
     try:
         for _ in range(120):
