@@ -59,7 +59,9 @@ def load_encoder(
     if name == "phantom-clip":
         return importlib.import_module("medsae.encoders.phantom_clip").PhantomCLIP(**options)
     if name.startswith("hf:"):
-        return importlib.import_module("medsae.encoders.huggingface").HuggingFace(name, **options)
+        from medsae.encoders.huggingface import load
+
+        return load(name, **options)
     encoder: ImageEncoder = _plugin(name)(**options)
     return encoder
 

@@ -10,7 +10,7 @@ import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from medsae.errors import WeightsError
+from medsae.errors import ConfigError, WeightsError
 
 if TYPE_CHECKING:
     import torch
@@ -27,6 +27,21 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, 64 hex digits."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """`float32`, `bfloat16` or `float16`; `auto` is float32 on CPU and bfloat16 on GPU.
+
+    Raises:
+        ConfigError: another word.
+    """
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    known["auto"] = known["bfloat16" if device.type == "cuda" else "float32"]
+    if dtype not in known:
+        raise ConfigError(f"encoder.dtype {dtype!r} is not known; there are auto, float32, bfloat16 and float16")
+    return known[dtype]
 
 
 def find(weights: str) -> Path:
