@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,9 +80,11 @@ def free_port() -> int:
 def head(tmp_path: Path) -> Iterator[str]:
     """A Ray head of this test's own, as a child that is ended by its pid; gives the dashboard's address."""
     dashboard, gcs = free_port(), free_port()
+    # Not under tmp_path: a socket's path may have 107 characters at most.
+    sockets = tempfile.mkdtemp(prefix="ray")
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--num-cpus=4", "--object-store-memory=200000000"]
     command += [f"--port={gcs}", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}", "--include-dashboard=true", "--disable-usage-stats"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir=/tmp/r{os.getpid()}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--temp-dir={sockets}"]
     # A job runs `python` as the head finds it: here, this environment's.
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     with (tmp_path / "head.log").open("w") as log:
@@ -101,6 +105,7 @@ def head(tmp_path: Path) -> Iterator[str]:
             child.wait(30)
         except subprocess.TimeoutExpired:
             child.kill()
+        shutil.rmtree(sockets, ignore_errors=True)
 
 
 @pytest.fixture
