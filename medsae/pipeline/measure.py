@@ -6,6 +6,7 @@ by bootstrap over patients, and the null of the best of m. The tasks stand in `m
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ import ray
 from medsae.artifacts import RAW, RunDir, embedding_parts, label_names, read_embeddings, read_part
 from medsae.config import RunConfig
 from medsae.data.phantom.model import FINDINGS
-from medsae.errors import ArtifactError
+from medsae.errors import ArtifactError, WeightsError
 from medsae.metrics.baselines import PREFIX, fit
 from medsae.metrics.calibration import Calibrated, TruthColumns, calibration, read_truth, reported_auroc, versus
 from medsae.metrics.comparison import Measured, compare, null_figures, selected_figures
@@ -31,6 +32,8 @@ from medsae.metrics.targets import CONFOUNDS, KeyedRows, image_keys, patient_fol
 from medsae.pipeline.cluster import ray_session
 from medsae.pipeline.measure_tasks import Null, Plan, Second, Side, first_pass, get, linear_look, second_pass
 from medsae.pipeline.stage import StageResult
+
+log = logging.getLogger("medsae")
 
 
 @dataclass(frozen=True)
@@ -182,25 +185,27 @@ def by_label(values: np.ndarray, labels: list[str]) -> dict[str, float | None]:
 
 
 def zero_shot(plan: Plan, images: Images) -> dict[str, float | None] | None:
-    """AUROC per label of the encoder's own text prompts; None where the encoder has no text tower or no prompts.
+    """AUROC per label of text prompts: the encoder's own, or those of the `medclip` package. None where there is no text tower, tokenizer or prompt.
 
     The score is the mean cosine of image and prompts for the label minus that of the prompts against it.
     """
     from medsae.encoders import TextEncoder, load_encoder
+    from medsae.encoders.zero_shot import prompt_axes, prompts_for
 
     settings = plan.config.encoder
     if settings.name != plan.run.read_manifest().get("encoder", {}).get("name"):
         return None
     encoder = load_encoder(settings.name, settings.weights, seed=settings.seed, sha256=settings.sha256)
-    prompts_of = getattr(encoder, "zero_shot_prompts", None)
-    if prompts_of is None or not isinstance(encoder, TextEncoder) or encoder.dim != plan.dim:
+    prompts = {k: v for k, v in prompts_for(encoder).items() if k in plan.labels}
+    if not prompts or not isinstance(encoder, TextEncoder) or encoder.dim != plan.dim:
         return None
-    prompts: dict[str, tuple[list[str], list[str]]] = {k: v for k, v in prompts_of().items() if k in plan.labels}
-    axes = [unit(encoder.encode_text(yes)).mean(0) - unit(encoder.encode_text(no)).mean(0) for yes, no in prompts.values()]
-    if not axes:
+    try:
+        axes = prompt_axes(encoder, prompts)
+    except WeightsError as error:
+        log.warning("zero-shot figures are left out: %s", error)
         return None
     parts = (read_part(plan.run, path, plan.labels, plan.split) for path in images.offsets)
-    scores = np.concatenate([unit(part.x) @ np.column_stack(axes) for part in parts])
+    scores = np.concatenate([unit(part.x) @ axes.T for part in parts])
     areas = dict(zip(prompts, auroc_columns(scores, images.targets[:, [plan.labels.index(k) for k in prompts]]).tolist(), strict=True))
     return {label: areas.get(label) for label in plan.labels}
 
