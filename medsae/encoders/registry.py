@@ -30,7 +30,7 @@ def _plugin(name: str) -> Any:
         raise ConfigError(f"encoder {name!r} is not known; there are {', '.join(encoder_names())}, hf:ID-or-directory and module:Class")
     try:
         return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise ConfigError(f"encoder {name!r} cannot be imported: {error}") from error
 
 
@@ -84,15 +84,30 @@ def load_preprocess(name: str) -> Callable[[Image.Image], np.ndarray]:
 
 
 def find_batch_size(encoder: ImageEncoder, start: int = 32, limit: int = 4096) -> int:
-    """The largest power of two of images that fits a GPU's memory, halved once for safety; found by trying."""
+    """The batch size for a GPU, found by doubling until its memory is short: half of what fits, for safety; `limit` at most.
+
+    Raises:
+        ConfigError: not even one image fits.
+    """
     import torch
 
-    best, size = start, start
-    while size <= limit:
+    def fits(size: int) -> bool:
         try:
             encoder.encode(np.zeros((size, *encoder.input_size), np.uint8))
-        except torch.cuda.OutOfMemoryError:
+        except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
+            return False
+        return True
+
+    best = start
+    if not fits(start):
+        while best > 1:
+            best //= 2
+            if fits(best):
+                return best
+        raise ConfigError(f"encoder {encoder.name!r}: not even 1 image fits into the GPU's memory")
+    while best * 2 <= limit:
+        if not fits(best * 2):
             return max(start, best // 2)
-        best, size = size, size * 2
+        best *= 2
     return best
