@@ -203,16 +203,16 @@ def histogram(sets: list[Measured], values: Callable[[Measured], np.ndarray], xl
         ax.set_xlabel(xlabel)
         ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
         if log:
-            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(5, integer=True))
-            ax.xaxis.set_major_formatter(lambda x, _: f"{10**x:g}")
+            ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
+            ax.xaxis.set_major_formatter(lambda x, _: f"{100 * 10**x:.2g} %")
     return figure
 
 
 def training_curve(saes: list[Measured], key: str, title: str) -> Figure | None:
-    """One logged quantity over training, a curve an SAE; None where none logged it."""
+    """One logged quantity over training, a curve an SAE; None where none logged it or it was zero throughout."""
     colour = colours(saes)
     curves = {m.name: _curve(m.training, key) for m in saes}
-    if not any(len(x) > 1 for x, _ in curves.values()):
+    if not any(len(x) > 1 and np.any(y) for x, y in curves.values()):
         return None
     with _figure(3.5, 2.2) as (figure, ax):
         for m in saes:
@@ -221,6 +221,8 @@ def training_curve(saes: list[Measured], key: str, title: str) -> Figure | None:
         positive = np.concatenate([y for _, y in curves.values()])
         if positive.min() > 0 and positive.max() / positive.min() > 50:
             ax.set_yscale("log")
+        else:
+            ax.set_ylim(min(0.0, float(positive.min())))
         ax.set_title(title)
         ax.set_xlabel("epoch" if any("epoch" in row for m in saes for row in m.training) else "step")
     return figure

@@ -171,7 +171,7 @@ def make_run(
                 pa.table(
                     {
                         "neuron": pa.array(range(m), pa.int32()),
-                        "namer": ["label"] * m,
+                        "namer": ["vocabulary"] * m,
                         "model": [""] * m,
                         "concept": [concept or t for t in tops],
                         "description": [f"Responds to {t.lower()} in frontal views." for t in tops],
