@@ -128,19 +128,23 @@ def download(pointer_url: str, folder: Path, what: str) -> Path:
     target = folder / "download.zip"
     if target.is_file():
         return target
+    partial = target.with_suffix(f".{os.getpid()}.part")
     try:
         with httpx.Client(follow_redirects=True, timeout=60) as client:
             address = client.get(pointer_url).raise_for_status().text.strip()
             folder.mkdir(parents=True, exist_ok=True)
-            partial = target.with_suffix(f".{os.getpid()}.part")
             with client.stream("GET", address) as answer, partial.open("wb") as sink:
                 answer.raise_for_status()
                 for chunk in answer.iter_bytes(1 << 20):
                     sink.write(chunk)
-            partial.rename(target)
+        if not zipfile.is_zipfile(partial):  # such as a page that says the quota is used up
+            raise OSError(f"{address} is no archive")
+        partial.rename(target)
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise WeightsError(
             f"the official {what} checkpoint cannot be downloaded ({type(error).__name__}): fetch the archive that {pointer_url} points to, "
             f"put it at {target}, or set encoder.weights to its path (or to 'untrained' for random weights)"
         ) from error
+    finally:
+        partial.unlink(missing_ok=True)
     return target
