@@ -14,6 +14,8 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.collections import PolyCollection
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from scipy.cluster.hierarchy import leaves_list, linkage
 
@@ -141,9 +143,11 @@ def heat_map(m: Measured, colour: str, neurons: list[int]) -> Figure:
     r = r[rows][:, columns]
     top = max(float(np.abs(r).max()), 1e-9)
     with _figure(10.6, 1.25 + 0.25 * len(rows)) as (figure, ax):
-        for (i, j), value in np.ndenumerate(r):
-            hue = PALETTE[colour] if value >= 0 else PALETTE["raw"]
-            ax.add_patch(matplotlib.patches.Rectangle((j - 0.47, i - 0.46), 0.94, 0.92, facecolor=hue, alpha=abs(float(value)) / top, linewidth=0))
+        # One collection: hundreds of patches of their own take seconds.
+        cells = [[(j + x, i + y) for x, y in ((-0.47, -0.46), (0.47, -0.46), (0.47, 0.46), (-0.47, 0.46))] for i, j in np.ndindex(r.shape)]
+        shades = [to_rgba(PALETTE[colour if value >= 0 else "raw"], abs(float(value)) / top) for value in r.ravel()]
+        mesh = ax.add_collection(PolyCollection(cells, facecolors=shades, linewidths=0), autolim=False)
+        mesh.set_in_layout(False)
         ax.set_xlim(-0.5, len(columns) - 0.5)
         ax.set_ylim(len(rows) - 0.5, -0.5)
         ax.set_yticks(range(len(rows)), [m.labels[i] for i in rows])
