@@ -126,7 +126,8 @@ def project(tmp_path: Path) -> Path:
         "run": str(tmp_path / "run"),
         "data": {"root": str(data), "format": "csv", "label_columns": ["Cardiomegaly", "Edema"], "path_column": "Path", "eval_fraction": 0.5},
         "encoder": {"name": "toy_encoders:Projection"},
-        "sae": [{"dict_size": 32, "epochs": 3, "batch_size": 16}],
+        "sae": [{"dict_size": 32, "epochs": 2, "batch_size": 16}],
+        "measure": {"baselines": [], "bootstrap": 100, "permutations": 10, "draws": 10},
     }
     (folder / "trial.yaml").write_text(yaml.safe_dump(tree))
     return folder
@@ -145,16 +146,11 @@ def test_every_stage_as_a_job_of_a_real_head(head: str, project: Path, tmp_path:
     assert run.exists("report/index.html")
     assert any("extract: " in r.message for r in caplog.records), "the job's log is passed on"
 
-    # The same by Ray's own command: nothing is left to do; a user's error ends the job with status 2.
+    # The same by Ray's own command: nothing is left to do. A user's error ends a job as failed.
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--address", head, "--working-dir", str(project)]
     command += ["--runtime-env-json", json.dumps(runtime_env), "--"]
     again = subprocess.run([*command, "python", "-m", "jobs.run", "trial.yaml", "seed=3"], capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stdout[-2000:] + again.stderr[-2000:]
     assert "every stage is up to date" in again.stdout + again.stderr
-    wrong = subprocess.run(
-        [*command, "python", "-m", "jobs.extract", "trial.yaml", "data.root=/nowhere"], capture_output=True, text=True, timeout=120
-    )
-    assert wrong.returncode != 0
-    assert "medsae: " in wrong.stdout + wrong.stderr
     with pytest.raises(ServiceError, match=r"extract: job .* ended as FAILED"):
         submit(project / "trial.yaml", ["data.root=/nowhere"], head, ["extract", "fit"], working_dir=project, runtime_env=runtime_env)
