@@ -160,30 +160,31 @@ class MedCLIP:
         import torch
 
         self.name, self.device = name, torch.device(device)
+        self.dtype = checkpoints.resolve_dtype(dtype, self.device)
         self.trained = weights != "untrained"
         self._tokenizer: Any = None
+        self._tokenizer_folders = [checkpoints.cache_folder() / "bio_clinicalbert"]
         digest, source, state = None, f"untrained, seed {seed}", None
         if self.trained:  # the file is read before the model is built: what is wrong with it shows at once
             path = self._find(weights)
+            self._tokenizer_folders.insert(0, path.parent)
             digest, source = checkpoints.check_sha256(path, sha256), "official checkpoint" if weights in (None, "auto") else path.name
             state = checkpoints.read_state_dict(path)
         model = build(name, seed)
         if state is not None:
             load_checkpoint(model, name, state)
             del state
-        if dtype == "auto":
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.dtype: torch.dtype = getattr(torch, dtype)
-        self.model = model.to(self.device, self.dtype)
-        vision: Any = self.model.vision_model
-        self.vision = vision.to(memory_format=torch.channels_last)
+        self.model = model
+        vision: Any = model.vision_model
+        self.vision = vision.to(self.device, self.dtype).to(memory_format=torch.channels_last)
+        # The text tower (433 MB) stays where it is, in float32, until a text is asked for: most work is on images.
         self._info = EncoderInfo(
             name=name,
             dim=self.dim,
             trained=self.trained,
             weights=source,
             weights_sha256=digest,
-            fingerprint=fingerprint({"name": name, "weights": digest or source, "preprocessing": PREPROCESSING, "dtype": dtype}),
+            fingerprint=fingerprint({"name": name, "weights": digest or source, "preprocessing": PREPROCESSING}),
             notice=None if self.trained else f"UNTRAINED {name} (random weights, seed {seed}): these figures say nothing about MedCLIP.",
         )
 
@@ -217,13 +218,14 @@ class MedCLIP:
 
         with torch.inference_mode():
             ids, mask = (torch.from_numpy(np.ascontiguousarray(a, dtype=np.int64)).to(self.device) for a in (input_ids, attention_mask))
-            text: Any = self.model.text_model
+            tower: Any = self.model.text_model
+            text = tower.to(self.device)
             features = text(ids, mask).float()
             result: np.ndarray = torch.nn.functional.normalize(features, dim=-1).cpu().numpy()
         return result
 
     def encode_text(self, texts: list[str]) -> np.ndarray:
-        """Texts to float32 [n, 512], unit norm, with Bio_ClinicalBERT's tokenizer (a local copy, or from the hub).
+        """Texts to float32 [n, 512], unit norm, with Bio_ClinicalBERT's tokenizer (beside the checkpoint, in the cache, or from the hub).
 
         Raises:
             WeightsError: the tokenizer cannot be had; says where to put it.
@@ -237,13 +239,13 @@ class MedCLIP:
         if self._tokenizer is None:
             from transformers import AutoTokenizer
 
-            local = checkpoints.cache_folder() / "bio_clinicalbert"
-            source = str(local) if local.is_dir() else package().constants.BERT_TYPE
+            local = self._tokenizer_folders[-1]
+            source = next((str(f) for f in self._tokenizer_folders if (f / "vocab.txt").is_file()), package().constants.BERT_TYPE)
             try:
                 self._tokenizer = AutoTokenizer.from_pretrained(source)
             except (OSError, ValueError) as error:
                 raise WeightsError(
                     f"the text tower needs the tokenizer of {package().constants.BERT_TYPE}, which cannot be had: put its vocab.txt and "
-                    f"config.json into {local}"
+                    f"config.json into {local} or beside the checkpoint"
                 ) from error
         return self._tokenizer

@@ -47,9 +47,9 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("checkpoint")
     torch.save(state, folder / "pytorch_model.bin")
     del state
-    rule.write_tokenizer(folder / "bio_clinicalbert")
+    rule.write_tokenizer(folder if request.param == "medclip-vit" else folder / "bio_clinicalbert")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MEDSAE_CACHE", str(folder))
+        patch.setenv("MEDSAE_CACHE", str(folder))  # the tokenizer is found beside the checkpoint, or in the cache
         yield medclip.MedCLIP(request.param, str(folder)), expected
     (folder / "pytorch_model.bin").unlink()
 
