@@ -118,8 +118,9 @@ class RunDir:
     """One run's directory or bucket prefix. All paths are relative to it, with forward slashes."""
 
     def __init__(self, uri: str) -> None:
-        self.uri = uri
         self.fs, self.base = resolve(uri)
+        # A worker may run in another folder: what travels to it is the absolute path.
+        self.uri = uri if "://" in uri else self.base
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (RunDir, (self.uri,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -126,3 +127,12 @@ def test_fingerprint_ignores_key_order(value: dict[str, object]) -> None:
 def test_nan_never_reaches_json(tmp_path: Path) -> None:
     with pytest.raises(ValueError):
         RunDir(str(tmp_path)).write_json("x.json", {"a": float("nan")})
+
+
+def test_a_relative_run_keeps_its_place_when_it_travels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Train's workers run in a folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    packed = pickle.dumps(RunDir("runs/x"))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert pickle.loads(packed).path("a") == str(tmp_path / "runs/x/a")
