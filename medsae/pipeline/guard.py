@@ -79,31 +79,32 @@ class Guard:
     async def _post(self, scope: Scope, receive: Receive, send: Send) -> None:
         self.in_work += 1
         try:
-            body = await self._read(receive)
+            body = await read_body(receive, self.max_body)
             if body is None:
                 await self._too_large()(scope, receive, send)
             else:
-                await self.app(scope, _replay(body, receive), send)
+                await self.app(scope, replay(body, receive), send)
         finally:
             self.in_work -= 1
 
     def _too_large(self) -> JSONResponse:
         return error(413, f"the body is larger than {self.max_body} bytes")
 
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body; None once it is larger than allowed, whatever length was announced."""
-        pieces: list[bytes] = []
-        size = 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return b""
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > self.max_body:
-                return None
-            if not message.get("more_body", False):
-                return b"".join(pieces)
+
+async def read_body(receive: Receive, limit: int) -> bytes | None:
+    """The body; None once it is larger than `limit`, whatever length was announced."""
+    pieces: list[bytes] = []
+    size = 0
+    while True:
+        message = await receive()
+        if message["type"] != "http.request":
+            return b""
+        pieces.append(message.get("body", b""))
+        size += len(pieces[-1])
+        if size > limit:
+            return None
+        if not message.get("more_body", False):
+            return b"".join(pieces)
 
 
 def _bears(headers: dict[bytes, bytes], key: str) -> bool:
@@ -113,7 +114,7 @@ def _bears(headers: dict[bytes, bytes], key: str) -> bool:
     return hmac.compare_digest(told.strip(), key.encode())
 
 
-def _replay(body: bytes, receive: Receive) -> Receive:
+def replay(body: bytes, receive: Receive) -> Receive:
     """Hands out the body that was read, then whatever comes (a disconnect)."""
     given = False
 

@@ -6,7 +6,6 @@ import asyncio
 import hmac
 import json
 import math
-import os
 from collections.abc import AsyncIterator
 from typing import Annotated, Any
 
@@ -21,15 +20,16 @@ from ray.serve.llm import build_llm_deployment
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from medsae.errors import ConfigError, MedSAEError
+from medsae.errors import MedSAEError
 from medsae.naming.client import ChatClient, Reply, status_of
 from medsae.naming.images import ImageStore, RequestImages
 from medsae.naming.judges import ChatJudge
 from medsae.naming.namers import ChatNamer, Exemplar, Subject
 from medsae.naming.prompts import NAME_ANSWER, load_prompt
 from medsae.naming.scoring import evaluate
+from medsae.pipeline.guard import api_key, read_body, replay
 from medsae.pipeline.naming_service import ServiceConfig
 
 RETRY_AFTER = "2"
@@ -103,41 +103,13 @@ class Guard:
             return
         self.in_work += 1
         try:
-            body = await self._read(receive)
+            body = await read_body(receive, self.max_body)
             if body is None:
                 await _error(413, f"the body is larger than {self.max_body} bytes: send fewer or smaller images")(scope, receive, send)
                 return
-            await self.app(scope, _replay(body, receive), send)
+            await self.app(scope, replay(body, receive), send)
         finally:
             self.in_work -= 1
-
-    async def _read(self, receive: Receive) -> bytes | None:
-        """The body; None once it is larger than allowed, whatever length was announced."""
-        pieces, size = [], 0
-        while True:
-            message = await receive()
-            if message["type"] != "http.request":
-                return b""
-            pieces.append(message.get("body", b""))
-            size += len(pieces[-1])
-            if size > self.max_body:
-                return None
-            if not message.get("more_body", False):
-                return b"".join(pieces)
-
-
-def _replay(body: bytes, receive: Receive) -> Receive:
-    """Hands out the body that was read, then whatever comes (a disconnect)."""
-    given = False
-
-    async def again() -> Message:
-        nonlocal given
-        if given:
-            return await receive()
-        given = True
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    return again
 
 
 def _bears(headers: dict[bytes, bytes], key: str) -> bool:
@@ -164,20 +136,6 @@ def guarded_app(config: ServiceConfig) -> FastAPI:
         return _error(code_of(error), f"the engine did not answer ({type(error).__name__})")
 
     return app
-
-
-def api_key(variable: str | None) -> str | None:
-    """The key in the environment.
-
-    Raises:
-        ConfigError: one is asked for and the variable is empty: the service then does not start, rather than start open.
-    """
-    if variable is None:
-        return None
-    key = os.environ.get(variable, "")
-    if not key:
-        raise ConfigError(f"api_key_env names {variable}, which is not set: put the key there before Ray starts")
-    return key
 
 
 def code_of(error: BaseException) -> int:

@@ -8,24 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.stats import norm
 
+from medsae.data.manifest import CHEXPERT_LABELS
 from medsae.data.phantom.model import FINDINGS, Anatomy, Capture, Findings, Phantom
 
-LABELS = (
-    "No Finding",
-    "Enlarged Cardiomediastinum",
-    "Cardiomegaly",
-    "Lung Opacity",
-    "Lung Lesion",
-    "Edema",
-    "Consolidation",
-    "Pneumonia",
-    "Atelectasis",
-    "Pneumothorax",
-    "Pleural Effusion",
-    "Pleural Other",
-    "Fracture",
-    "Support Devices",
-)
+LABELS = tuple(CHEXPERT_LABELS)
 """CheXpert's labels in CheXpert's order."""
 
 DRAWN: dict[str, float] = {
