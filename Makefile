@@ -1,5 +1,6 @@
 PYTHON ?= python3.11
 RUN := .venv/bin
+JOBS ?= 2
 export RAY_AUTH_MODE ?= disabled
 
 .PHONY: demo test lint format setup setup-dev clean
@@ -9,7 +10,7 @@ demo: setup  ## phantoms, all stages, and where the report is
 	$(RUN)/medsae run configs/demo.yaml
 
 test: setup-dev  ## all tests: real Ray, real Serve, real vLLM on a tiny model
-	$(RUN)/python -m pytest
+	$(RUN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 lint: setup-dev  ## style, format, types, import layering
 	$(RUN)/ruff check .

@@ -17,6 +17,18 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # two processes share the cores
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that start engines or clusters come first: `--dist loadfile` deals files out in this order, and a long one must not be the last."""
+    rank = {"vllm": 0, "slow": 1, "ray": 2}
+    first: dict[str, int] = {}
+    for item in items:
+        here = min((rank[m.name] for m in item.iter_markers() if m.name in rank), default=3)
+        first[item.nodeid.split("::")[0]] = min(here, first.get(item.nodeid.split("::")[0], 3))
+    items.sort(key=lambda item: first[item.nodeid.split("::")[0]])
 
 
 @pytest.fixture(scope="session")

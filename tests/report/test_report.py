@@ -320,17 +320,17 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 def test_it_renders(files: dict[str, bytes], tmp_path: Path, width: int) -> None:
     """Rendered by a real browser: figures and pictures have a size and the page does not scroll sideways."""
     html = files["report/index.html"].decode()
+    # `load` waits for every picture that is not lazy, so the page is whole when the probe runs, whatever the machine's speed.
+    html = html.replace('loading="lazy"', "")
     probe = """<script>addEventListener("load", () => { const r = document.createElement("pre"); r.id = "probe";
-      document.querySelectorAll("img").forEach(i => i.loading = "eager");
-      Promise.all([...document.images].map(i => i.decode())).then(() => {
       r.textContent = JSON.stringify({overflow: document.documentElement.scrollWidth - innerWidth, images: [...document.images].filter(i => !i.naturalWidth).length,
       flat: [...document.querySelectorAll("svg[role=img]")].filter(s => s.getBoundingClientRect().height < 80).length, font: getComputedStyle(document.body).fontFamily});
-      document.body.append(r); }); });</script></body>"""
+      document.body.append(r); });</script></body>"""
     (tmp_path / "page.html").write_text(html.replace("</body>", probe))
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
     flags += ["--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900"]
     shot = tmp_path / "page.png"
-    common = [str(CHROMIUM), *flags, "--virtual-time-budget=8000"]
+    common = [str(CHROMIUM), *flags]
     dom = subprocess.run([*common, "--dump-dom", f"file://{tmp_path}/page.html"], capture_output=True, text=True, timeout=120).stdout
     found = re.search(r'<pre id="probe">(.*?)</pre>', dom)
     assert found, "the page did not load"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -54,3 +55,13 @@ class Broken(Projection):
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
         return super().encode(pixels) * np.nan
+
+
+class Slow(Projection):
+    """Takes its time, so that a test can end a run in the middle."""
+
+    name = "toy_encoders:Slow"
+
+    def encode(self, pixels: np.ndarray) -> np.ndarray:
+        time.sleep(0.2)
+        return super().encode(pixels)
