@@ -34,6 +34,11 @@ def _flat(values: np.ndarray | float, shape: tuple[int, ...]) -> np.ndarray:
     return np.asarray(values, np.float32).ravel() if np.shape(values) == shape else np.broadcast_to(np.asarray(values, np.float32), shape).ravel()
 
 
+Box = tuple[slice, slice]
+"""Rows and columns of a grid."""
+EVERYWHERE: Box = (slice(None), slice(None))
+
+
 class Film:
     """Pixel grid of `height` x `width` pixels, `scale` cm a pixel, centred at (`u0`, `v0`), tilted by `tilt` degrees."""
 
@@ -53,9 +58,9 @@ class Film:
         self._iv = np.clip((self.v + 40.0) / 0.02, 0, len(self._grid) - 1).astype(np.int32)
         self._iu = np.clip((self.u + 40.0) / 0.02, 0, len(self._grid) - 1).astype(np.int32)
 
-    def along_v(self, knots: list[float] | np.ndarray, values: list[float] | np.ndarray) -> np.ndarray:
-        """A piecewise function of v on the grid, smoothed a little so that no knot shows."""
-        return np.asarray(self._table(knots, values)[self._iv])
+    def along_v(self, knots: list[float] | np.ndarray, values: list[float] | np.ndarray, where: Box = EVERYWHERE) -> np.ndarray:
+        """A piecewise function of v on the grid or a box of it, smoothed a little so that no knot shows."""
+        return np.asarray(self._table(knots, values)[self._iv[where]])
 
     def along_u(self, knots: list[float] | np.ndarray, values: list[float] | np.ndarray) -> np.ndarray:
         """A piecewise function of u on the grid."""
@@ -71,6 +76,13 @@ class Film:
         x = (du * self.cos - dv * self.sin) / self.scale + (self.shape[1] - 1) / 2
         y = (du * self.sin + dv * self.cos) / self.scale + (self.shape[0] - 1) / 2
         return x, y
+
+    def box(self, u0: float, u1: float, v0: float, v1: float) -> Box:
+        """The part of the grid that holds all of u0 <= u <= u1, v0 <= v <= v1; larger where the film is tilted."""
+        x, y = self.pixels(np.array([u0, u0, u1, u1]), np.array([v0, v1, v0, v1]))
+        h, w = self.shape
+        rows = slice(min(max(int(y.min()) - 1, 0), h), min(max(int(y.max()) + 2, 0), h))
+        return rows, slice(min(max(int(x.min()) - 1, 0), w), min(max(int(x.max()) + 2, 0), w))
 
     def splat(self, layer: int, u: np.ndarray, v: np.ndarray, volume: np.ndarray | float) -> None:
         """Puts point masses on a layer.
@@ -90,9 +102,10 @@ class Film:
         h, w = self.shape
         # The sharpest layer is collected on a grid twice as fine: a quarter of a pixel is below its blur.
         fine = 2 if layer == 0 else 1
-        column, row = ((x + np.float32(0.5)) * fine).astype(np.int64), ((y + np.float32(0.5)) * fine).astype(np.int64)
-        keep = (column >= 0) & (row >= 0) & (column < fine * w) & (row < fine * h)
-        index = row[keep] * (fine * w) + column[keep]
+        column, row = ((x + np.float32(0.5)) * fine).astype(np.int32), ((y + np.float32(0.5)) * fine).astype(np.int32)
+        # As unsigned numbers, what lies left of or above the grid is large: one comparison serves both sides.
+        keep = (column.view(np.uint32) < fine * w) & (row.view(np.uint32) < fine * h)
+        index = row[keep] * np.int32(fine * w) + column[keep]
         flat = np.bincount(index, weights=mass[keep], minlength=h * w * fine * fine)
         if fine == 2:
             rows = flat.reshape(h, 2, 2 * w)
@@ -113,12 +126,12 @@ def curve(points: list[tuple[float, float]], step: float = 0.06) -> np.ndarray:
     """A smooth curve (Catmull-Rom) through points, sampled about every `step` cm: float64 [n, 2]."""
     p = np.asarray(points, float)
     p = np.vstack([2 * p[0] - p[1], p, 2 * p[-1] - p[-2]])
-    pieces = []
-    for a, b, c, d in zip(p[:-3], p[1:-2], p[2:-1], p[3:], strict=True):
-        n = max(2, int(np.hypot(*(c - b)) / step))
-        t = np.arange(n)[:, None] / n
-        pieces.append(0.5 * (2 * b + (c - a) * t + (2 * a - 5 * b + 4 * c - d) * t**2 + (3 * b - a - 3 * c + d) * t**3))
-    return np.vstack(pieces)
+    a, b, c, d = p[:-3], p[1:-2], p[2:-1], p[3:]
+    counts = np.maximum(2, (np.hypot(*(c - b).T) / step).astype(int))
+    which = np.repeat(np.arange(len(counts)), counts)
+    t = ((np.arange(len(which)) - np.repeat(np.cumsum(counts) - counts, counts)) / counts[which])[:, None]
+    first, second, third = c - a, 2 * a - 5 * b + 4 * c - d, 3 * b - a - 3 * c + d
+    return np.asarray(0.5 * ((2 * b)[which] + first[which] * t + second[which] * t**2 + third[which] * t**3))
 
 
 def steps(points: np.ndarray) -> np.ndarray:
@@ -126,8 +139,8 @@ def steps(points: np.ndarray) -> np.ndarray:
     return np.hypot(*np.gradient(points, axis=0).T)
 
 
-def ellipse_chord(film: Film, centre: tuple[float, float], axes: tuple[float, float, float], angle: float = 0.0) -> np.ndarray:
-    """Thickness in cm of an ellipsoid seen along its third axis, float32 [H, W].
+def ellipse_box(film: Film, centre: tuple[float, float], axes: tuple[float, float, float], angle: float = 0.0) -> tuple[Box, np.ndarray]:
+    """Thickness in cm of an ellipsoid seen along its third axis: the box of the grid that holds it, and float32 [h, w] there.
 
     Args:
         film: the grid.
@@ -135,7 +148,6 @@ def ellipse_chord(film: Film, centre: tuple[float, float], axes: tuple[float, fl
         axes: semi-axes along u, v (before turning) and depth.
         angle: turn in degrees, clockwise on the image.
     """
-    chord = np.zeros(film.shape, np.float32)
     x, y = film.pixels(np.float64(centre[0]), np.float64(centre[1]))
     reach = max(axes[0], axes[1]) / film.scale + 2
     box = (slice(max(int(y - reach), 0), max(int(y + reach), 0)), slice(max(int(x - reach), 0), max(int(x + reach), 0)))
@@ -143,7 +155,14 @@ def ellipse_chord(film: Film, centre: tuple[float, float], axes: tuple[float, fl
     du, dv = film.u[box] - np.float32(centre[0]), film.v[box] - np.float32(centre[1])
     a = (du * c + dv * s) / np.float32(axes[0])
     b = (dv * c - du * s) / np.float32(axes[1])
-    chord[box] = np.float32(2 * axes[2]) * np.sqrt(np.maximum(1 - a * a - b * b, 0))
+    return box, np.float32(2 * axes[2]) * np.sqrt(np.maximum(1 - a * a - b * b, 0))
+
+
+def ellipse_chord(film: Film, centre: tuple[float, float], axes: tuple[float, float, float], angle: float = 0.0) -> np.ndarray:
+    """`ellipse_box` on the whole grid, float32 [H, W]."""
+    chord = np.zeros(film.shape, np.float32)
+    where, thickness = ellipse_box(film, centre, axes, angle)
+    chord[where] = thickness
     return chord
 
 
@@ -172,16 +191,28 @@ def develop(thickness: np.ndarray, rng: np.random.Generator, noise: float, centr
     blurred = ndimage.gaussian_filter(np.asarray(small), 2.0)
     scatter = np.asarray(Image.fromarray(blurred).resize((w, h), Image.Resampling.BICUBIC))
     # An anti-scatter grid leaves scatter of about a third of the primary signal.
-    signal = primary + np.float32(0.25) * np.maximum(scatter, 0)
+    signal = np.maximum(scatter, 0)
+    signal *= np.float32(0.25)
+    signal += primary
     if noise > 0:
         grain = rng.standard_normal(thickness.shape, dtype=np.float32)
         # Quanta a pixel grow with its area.
-        signal *= 1 + np.float32(0.0028 * noise * min(h, w) / 320) / np.sqrt(signal + np.float32(1e-3)) * grain
-    density = np.log(np.maximum(signal, np.float32(1e-5))) / np.float32(-MU)
-    reference = centre - np.log(1.25) / MU
+        grain *= np.float32(0.0028 * noise * min(h, w) / 320) / np.sqrt(signal + np.float32(1e-3))
+        grain += 1
+        signal *= grain
+    density = np.log(np.maximum(signal, np.float32(1e-5), out=signal), out=signal)
+    density /= np.float32(-MU)
+    reference = np.float32(centre - np.log(1.25) / MU)
     # Digital systems flatten the broad differences so that lungs and mediastinum fit on one film.
     broad = Image.fromarray(density).resize((max(2, w // 10), max(2, h // 10)), Image.Resampling.BOX)
     broad = Image.fromarray(ndimage.gaussian_filter(np.asarray(broad), 2.2)).resize((w, h), Image.Resampling.BICUBIC)
-    t = (density - np.float32(reference) - np.float32(FLATTEN) * (np.asarray(broad) - np.float32(reference))) / np.float32(latitude)
-    grey = 1 / (1 + np.exp(np.float32(-3.6) * t))
-    return np.asarray(np.clip(grey * 255 + 0.5, 0, 255).astype(np.uint8))
+    t = np.asarray(broad) - reference
+    t *= np.float32(-FLATTEN)
+    t += density
+    t -= reference
+    t *= np.float32(-3.6 / latitude)
+    grey = np.exp(t, out=t)
+    grey += 1
+    np.divide(np.float32(255), grey, out=grey)
+    grey += np.float32(0.5)
+    return np.clip(grey, 0, 255, out=grey).astype(np.uint8)

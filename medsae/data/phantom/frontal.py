@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from medsae.data.phantom.canvas import Film, curve, ellipse_chord, noise_field, ramp, steps
+from medsae.data.phantom.canvas import Film, curve, ellipse_box, ellipse_chord, noise_field, ramp, steps
 from medsae.data.phantom.model import SIDES, Phantom
 
 SIGN = {"left": 1.0, "right": -1.0}
@@ -109,24 +109,28 @@ def body(scene: Scene) -> None:
     top = film.along_u([-24, -19, -14, -7.5, -5, 5, 7.5, 14, 19, 24], [-7, -9.3, -10.6, -12.9, -15.5, -15.5, -12.9, -10.6, -9.3, -7])
     rise = np.clip((v - top) / np.float32(6.0), 0, 1)
     torso = depth * depth * (1 - across * np.sqrt(across)) * rise * (2 - rise)
-    neck = np.float32(5.6 * fat) ** 2 - np.square(u - np.float32(0.5 * scene.yaw))
-    neck *= ramp(-11.0 - v, 3.0)
-    squared = np.maximum(torso, neck)
+    squared = np.maximum(torso, 0)
+    middle = film.box(-7.5 * fat, 7.5 * fat, -60.0, -8.0)
+    neck = np.float32(5.6 * fat) ** 2 - np.square(u[middle] - np.float32(0.5 * scene.yaw))
+    neck *= ramp(-11.0 - v[middle], 3.0)
+    np.maximum(squared[middle], neck, out=squared[middle])
     elbow_u, elbow_v = 23.5 + 3.0 * abducted, 14.0
     joint = 17.2 * (0.6 + 0.4 * scene.width)
     for sign in (-1.0, 1.0):
-        # Distance to the upper arm's axis, from the shoulder joint to the elbow.
-        au, av = u * np.float32(sign) - np.float32(joint), v + np.float32(6.2)
-        du, dv = elbow_u - joint, elbow_v + 6.2
+        # Distance to the upper arm's axis, from the shoulder joint to the elbow; beyond its radius there is no arm.
+        du, dv, radius = elbow_u - joint, elbow_v + 6.2, 4.0 * fat
+        near = sorted((sign * (joint - radius), sign * (elbow_u + radius)))
+        arm = film.box(near[0], near[1], -6.2 - radius, elbow_v + radius)
+        au, av = u[arm] * np.float32(sign) - np.float32(joint), v[arm] + np.float32(6.2)
         t = np.clip((au * np.float32(du) + av * np.float32(dv)) / np.float32(du * du + dv * dv), 0, 1)
         distance = np.square(au - t * np.float32(du)) + np.square(av - t * np.float32(dv))
-        squared = np.maximum(squared, np.float32((4.0 * fat) ** 2) - distance)
-    thickness = 2 * np.sqrt(np.maximum(squared, 0))
+        np.maximum(squared[arm], np.float32(radius**2) - distance, out=squared[arm])
+    thickness = 2 * np.sqrt(squared)
     if a.breast > 0:
         for sign in (-1.0, 1.0):
             centre = (sign * (8.0 + 0.8 * a.habitus) * scene.width + 9 * scene.yaw, 5.2 + 0.8 * a.habitus)
-            chord = ellipse_chord(film, centre, (6.3, 6.0, a.breast), 0)
-            thickness += chord * ramp(v - np.float32(centre[1] - 4.5), 7.0)
+            where, chord = ellipse_box(film, centre, (6.3, 6.0, a.breast), 0)
+            thickness[where] += chord * ramp(v[where] - np.float32(centre[1] - 4.5), 7.0)
     # Turning the patient brings one side nearer to the film: it looks darker.
     thickness *= 1 + np.float32(0.45 * scene.yaw) * np.clip(u / np.float32(16), -1, 1)
     scene.body = thickness
@@ -190,38 +194,44 @@ def heart_chord(scene: Scene) -> np.ndarray:
 def airways(scene: Scene) -> np.ndarray:
     """Air in trachea, main bronchi, stomach and bowel, cm (to take from the tissue)."""
     film, rng = scene.film, scene.rng
-    u, v = film.u, film.v
     middle = scene.shift * 0.9 + 2.0 * scene.yaw
-    bend = film.along_v([-20, -9, -4, 0], [0.0, 0.0, 0.15, -0.1]) + np.float32(middle) * ramp(v + 9.0, 7.0)
+    tree = film.box(middle - 6.0, middle + 6.0, -60.0, 4.5)
+    u, v = film.u[tree], film.v[tree]
+    bend = film.along_v([-20, -9, -4, 0], [0.0, 0.0, 0.15, -0.1], tree) + np.float32(middle) * ramp(v + 9.0, 7.0)
     inside = np.sqrt(np.maximum(1 - np.square((u - bend) / np.float32(0.95)), 0))
-    air = np.float32(1.7) * inside * ramp(-0.2 - v, 0.8)
+    air = np.zeros(film.shape, np.float32)
+    air[tree] = np.float32(1.7) * inside * ramp(-0.2 - v, 0.8)
     for end in ((-3.3, 3.0), (4.0, 2.6)):
         du, dv = end[0], end[1]
         au, av = u - np.float32(middle - 0.1), v + 0.6
         t = np.clip((au * du + av * dv) / (du * du + dv * dv), 0, 1)
         distance = np.square(au - t * np.float32(du)) + np.square(av - t * np.float32(dv))
-        air = np.maximum(air, np.float32(1.6) * np.sqrt(np.maximum(np.float32(0.36) - distance, 0)))
+        air[tree] = np.maximum(air[tree], np.float32(1.6) * np.sqrt(np.maximum(np.float32(0.36) - distance, 0)))
     size, place = rng.uniform(0.6, 1.25), rng.uniform(4.0, 6.5)
     level = scene.dome["left"] + 1.1 + 1.3 * size
-    bubble = ellipse_chord(film, (place, level), (2.9 * size, 1.5 * size, 2.2 * size), rng.uniform(-12, 12))
-    air += bubble * ramp(np.float32(level + 0.6 * size) - v, 0.35)
+    where, bubble = ellipse_box(film, (place, level), (2.9 * size, 1.5 * size, 2.2 * size), rng.uniform(-12, 12))
+    air[where] += bubble * ramp(np.float32(level + 0.6 * size) - film.v[where], 0.35)
     for _ in range(3):
         spot = (rng.uniform(-9, 10), scene.dome["left"] + rng.uniform(6, 11))
-        air += np.float32(0.7) * ellipse_chord(film, spot, (rng.uniform(1.2, 3), rng.uniform(0.8, 1.4), 1.3), rng.uniform(-40, 40))
-    return np.asarray(air)
+        where, gas = ellipse_box(film, spot, (rng.uniform(1.2, 3), rng.uniform(0.8, 1.4), 1.3), rng.uniform(-40, 40))
+        air[where] += np.float32(0.7) * gas
+    return air
 
 
 def spine(scene: Scene) -> np.ndarray:
     """Vertebral bodies with disc spaces, pedicles and spinous processes, water-equivalent cm."""
     film = scene.film
-    u = film.u - np.float32(scene.x(0.0, -6.5))
-    half = film.along_v([-18, -10, 10, 25], [1.35, 1.6, 2.1, 2.4])
+    middle = scene.x(0.0, -6.5)
+    column_box = film.box(middle - 3.6, middle + 3.6, -60.0, 60.0)
+    u = film.u[column_box] - np.float32(middle)
+    half = film.along_v([-18, -10, 10, 25], [1.35, 1.6, 2.1, 2.4], column_box)
     pitch = 2.32 * scene.height
-    phase = film.v / np.float32(pitch)
+    phase = film.v[column_box] / np.float32(pitch)
     phase = np.abs(phase - np.round(phase)) * 2
     column = np.sqrt(np.maximum(1 - np.square(u / half), 0))
     edges = np.exp(-np.square((np.abs(u) - half + 0.12) / np.float32(0.14)))
-    bone = (np.float32(1.25) * column + np.float32(0.45) * edges) * (np.float32(0.45) + np.float32(0.55) * ramp(0.80 - phase, 0.12))
+    bone = np.zeros(film.shape, np.float32)
+    bone[column_box] = (np.float32(1.25) * column + np.float32(0.45) * edges) * (np.float32(0.45) + np.float32(0.55) * ramp(0.80 - phase, 0.12))
     rows = np.arange(-8, 11) * pitch
     angle = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     ring_u = np.concatenate([s * 1.15 + 0.30 * np.cos(angle) for s in (-1, 1)])
@@ -229,7 +239,7 @@ def spine(scene: Scene) -> np.ndarray:
     film.splat(0, scene.x(ring_u[None, :], -7.0) + np.zeros((len(rows), 1)), rows[:, None] + ring_v[None, :] - 0.3, 0.022)
     tip = np.linspace(0, 1, 14)
     film.splat(0, scene.x(np.zeros((len(rows), 14)), -9.5), rows[:, None] + 0.5 + 0.8 * tip[None, :], 0.03)
-    return np.asarray(bone)
+    return bone
 
 
 def ribs(scene: Scene) -> None:
@@ -295,8 +305,8 @@ def shoulder_girdle(scene: Scene) -> None:
         film.splat(0, border[:, 0], border[:, 1], 0.02)
         spine_line = curve([blade_top, (sign * 13.0 * k, -8.4), (sign * 16.4 * k, -9.4)], 0.06)
         film.splat(1, spine_line[:, 0], spine_line[:, 1], 0.07)
-        fill = ellipse_chord(film, (scene.x(sign * (12.2 + out) * k, -7.5), -3.6), (2.6, 5.6, 0.2), sign * -14)
-        scene.body += fill
+        where, fill = ellipse_box(film, (scene.x(sign * (12.2 + out) * k, -7.5), -3.6), (2.6, 5.6, 0.2), sign * -14)
+        scene.body[where] += fill
 
 
 def tube(film: Film, path: np.ndarray, half: np.ndarray, bone: float) -> None:
