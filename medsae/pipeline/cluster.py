@@ -14,6 +14,12 @@ from medsae.config import RayConfig
 log = logging.getLogger("medsae")
 
 
+def quiet_ray_data() -> None:
+    """Keeps Ray Data's remarks out of the output, unless asked for. Its import sets its level, so this comes after it."""
+    if not log.isEnabledFor(logging.DEBUG):
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
     """Ray for the length of a stage. A connection that is already there is used and left alone."""
@@ -21,8 +27,6 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         yield
         return
     verbose = log.isEnabledFor(logging.DEBUG)
-    if not verbose:
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
     inside_job = "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     if config.address or inside_job:
         ray.init(address=config.address or "auto", log_to_driver=verbose, logging_level=logging.WARNING)

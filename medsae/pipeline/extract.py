@@ -28,7 +28,8 @@ from medsae.data.manifest import Manifest, read_manifest
 from medsae.encoders import find_batch_size, load_encoder, load_preprocess
 from medsae.encoders.config import EncoderConfig
 from medsae.errors import ArtifactError, DataError, MedSAEError
-from medsae.pipeline.cluster import cluster_gpus, ray_session
+from medsae.memory import keep_freed_memory
+from medsae.pipeline.cluster import cluster_gpus, quiet_ray_data, ray_session
 from medsae.pipeline.stage import StageResult, hash_outputs
 from medsae.progress import progress
 
@@ -125,6 +126,7 @@ def decode_part(rows: pa.Table, data: DataConfig, encoder_name: str) -> pa.Table
     """A part's manifest rows to rows with the encoder's 8-bit pixels, or a reason. Holds no weights."""
     from medsae.data import radiograph
 
+    keep_freed_memory()
     fs, base = resolve(data.root)
     preprocess = load_preprocess(encoder_name)
     table = unpack(rows["payload"][0])
@@ -155,6 +157,7 @@ class EncodePart:
     def __init__(self, config: EncoderConfig, device: str, threads: int | None) -> None:
         from medsae.encoders.conformance import check_encoder
 
+        keep_freed_memory()
         if threads:
             import torch
 
@@ -231,6 +234,7 @@ def _rejects_file(part: str) -> str:
 
 def _extract(config: RunConfig, run: RunDir, todo: list[Part], images: int, gpus: int) -> float:
     context = ray.data.DataContext.get_current()
+    quiet_ray_data()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.issue_detectors_config.detectors = []

@@ -18,6 +18,7 @@ from medsae.data.phantom.model import ANATOMY, FINDINGS, NUISANCES
 from medsae.data.phantom.render import render
 from medsae.data.phantom.sampling import LABELS, Row, rows
 from medsae.errors import DataError
+from medsae.memory import keep_freed_memory
 from medsae.progress import progress
 
 COLUMNS = ("Path", "Sex", "Age", "Frontal/Lateral", "AP/PA", *LABELS)
@@ -102,7 +103,7 @@ def write_phantoms(directory: str | Path, images: int, seed: int = 0, size: int 
                 bar.update(_draw(str(folder), chunk, size))
         else:
             # Spawned, not forked: the caller may hold threads (torch, Ray) that a fork would break.
-            with ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn")) as pool:
+            with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), keep_freed_memory) as pool:
                 queue = iter(chunks)
                 running = [pool.submit(_draw, str(folder), c, size) for c in islice(queue, 4 * count)]
                 while running:
