@@ -9,8 +9,6 @@ from __future__ import annotations
 import warnings
 
 import numpy as np
-from sklearn.decomposition import NMF, FastICA
-from sklearn.exceptions import ConvergenceWarning
 
 from medsae.errors import ConfigError
 from medsae.metrics.features import Features, LinearFeatures, SAEFeatures
@@ -70,6 +68,9 @@ def fit(name: str, x: np.ndarray, sae: SAEConfig, seed: int) -> Features:
         from medsae.sae.registry import build
 
         return SAEFeatures(fold(*build(sae, d, seed).export(), fit_scaling(x), {}))
+    from sklearn.decomposition import NMF, FastICA
+    from sklearn.exceptions import ConvergenceWarning
+
     sample = x[rng.choice(len(x), FIT_ROWS, replace=False)] if len(x) > FIT_ROWS else x
     k = min(d, len(sample) - 1)
     with warnings.catch_warnings():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-from scipy.stats import rankdata
 
 
 def auroc(score: np.ndarray, target: np.ndarray) -> float:
@@ -23,6 +22,8 @@ def auroc(score: np.ndarray, target: np.ndarray) -> float:
     p, q = int(positive.sum()), int((~positive).sum())
     if not p or not q:
         return float("nan")
+    from scipy.stats import rankdata
+
     ranks = rankdata(np.asarray(score, np.float64)[keep])
     return float((ranks[positive].sum() - p * (p + 1) / 2) / (p * q))
 

@@ -6,8 +6,6 @@ import warnings
 from typing import Any
 
 import numpy as np
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 
 from medsae.metrics.detection import auroc
 from medsae.metrics.inference import FOLDS
@@ -30,6 +28,9 @@ def strongest(r: list[np.ndarray], k: int = max(KS)) -> np.ndarray:
 
 def fitted_scores(x: np.ndarray, y: np.ndarray, test: np.ndarray, seed: int, c: float = 1.0) -> np.ndarray:
     """Scores of `test` by L2 logistic regression fitted on standardised x [n, k] and y [n]."""
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
     if len(x) > FIT_ROWS:
         rows = np.random.default_rng([seed, 5]).choice(len(x), FIT_ROWS, replace=False)
         x, y = x[rows], y[rows]

@@ -23,6 +23,7 @@ from medsae.artifacts import RunDir, fingerprint, read_embeddings
 from medsae.config import RunConfig
 from medsae.errors import ConfigError, DataError, MedSAEError
 from medsae.pipeline.cluster import cluster_gpus, ray_session
+from medsae.pipeline.done import Done
 from medsae.pipeline.stage import StageResult
 from medsae.progress import progress
 from medsae.sae.checkpoint import save
@@ -119,19 +120,6 @@ def fit_on_ray(
     ray.kill(done)
     assert isinstance(returned, dict)
     return returned
-
-
-class Done:
-    """Samples done so far; rank 0 tells, the driver asks."""
-
-    def __init__(self) -> None:
-        self.samples = 0
-
-    def set(self, samples: int) -> None:
-        self.samples = samples
-
-    def get(self) -> int:
-        return self.samples
 
 
 def passes(arguments: dict[str, Any]) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.stats import norm
+from scipy.special import ndtr, ndtri
 
 from medsae.data.manifest import CHEXPERT_LABELS
 from medsae.data.phantom.model import FINDINGS, Anatomy, Capture, Findings, Phantom
@@ -122,7 +122,7 @@ def _mixing() -> np.ndarray:
 
 
 MIXING = _mixing()
-THRESHOLDS = norm.ppf(1 - np.array(list(DRAWN.values())))
+THRESHOLDS = ndtri(1 - np.array(list(DRAWN.values())))
 
 
 def draw_anatomy(rng: np.random.Generator) -> Anatomy:
@@ -152,7 +152,7 @@ def draw_findings(latent: np.ndarray, sides: dict[str, str], weaker: float) -> F
     """Severities of one study: how far each latent value lies beyond its threshold, as a quantile of what lies there."""
     values: dict[str, float] = {}
     for index, (name, share) in enumerate(DRAWN.items()):
-        beyond = (norm.cdf(latent[index]) - (1 - share)) / share
+        beyond = (ndtr(latent[index]) - (1 - share)) / share
         severity = 0.0 if beyond <= 0 else float(np.clip(0.15 + 0.85 * beyond, 0, 1))
         if name in DEVICES:
             values[name] = 1.0 if severity else 0.0
