@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 
 import ray
 
@@ -20,12 +21,37 @@ def quiet_ray_data() -> None:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
+_keep_open: ContextVar[bool] = ContextVar("keep_open", default=False)
+
+
+@contextmanager
+def shared_session() -> Iterator[None]:
+    """Stages inside it share one Ray, which the first that needs it starts: what is wrong before that is said at once."""
+    was_there = ray.is_initialized()
+    token = _keep_open.set(True)
+    try:
+        yield
+    finally:
+        _keep_open.reset(token)
+        if not was_there:
+            ray.shutdown()
+
+
 @contextmanager
 def ray_session(config: RayConfig) -> Iterator[None]:
-    """Ray for the length of a stage. A connection that is already there is used and left alone."""
+    """Ray for the length of a stage, or of the `shared_session` around it. A connection that is already there is used and left alone."""
     if ray.is_initialized():
         yield
         return
+    _connect(config)
+    try:
+        yield
+    finally:
+        if not _keep_open.get():
+            ray.shutdown()
+
+
+def _connect(config: RayConfig) -> None:
     verbose = log.isEnabledFor(logging.DEBUG)
     inside_job = "RAY_JOB_ID" in os.environ or "RAY_ADDRESS" in os.environ
     if config.address or inside_job:
@@ -35,10 +61,6 @@ def ray_session(config: RayConfig) -> Iterator[None]:
         # Logical CPUs only schedule: an actor pool must never hold all of them, or readers starve.
         cpus = config.num_cpus or max(4, os.cpu_count() or 1)
         ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=verbose, logging_level=logging.WARNING)
-    try:
-        yield
-    finally:
-        ray.shutdown()
 
 
 def cluster_gpus(config: RayConfig) -> int:

@@ -128,16 +128,14 @@ def hash_outputs(run: RunDir, paths: list[str]) -> dict[str, str]:
 
 def run_stages(stages: list[str], config: RunConfig, force: bool = False) -> None:
     """Runs stages one after the other on one Ray connection, and says where the report is."""
-    from medsae.pipeline.cluster import ray_session
+    from medsae.pipeline.cluster import shared_session
 
     run = RunDir(config.run)
     todo = [s for s in stages if force or not is_done(s, config, run)]
     if not todo:
         log.info("%s: every stage is up to date", config.run)
-    elif todo == ["report"]:
-        run_stage("report", config, force)
     else:
-        with ray_session(config.ray):
+        with shared_session():
             for stage in stages:
                 run_stage(stage, config, force)
     if "report" in stages:
