@@ -22,6 +22,9 @@ class EncoderConfig(Section):
     """Arithmetic of the forward pass; `auto`: float32 on CPU, bfloat16 on GPU."""
     batch_size: int | None = Field(None, gt=0)
     """Images a forward pass; default 32 on CPU, found by trial on a GPU."""
+    reduced_decode: bool = False
+    """JPEG files of at least four times the encoder's side are decoded at 1/2, 1/4 or 1/8 of their size, never below twice the encoder's side.
+    Faster on original-size files; pixels differ by a few grey values (`docs/encoders.md`)."""
     actors: int | None = Field(None, gt=0)
     """Encoder actors; default one a GPU, or one a CPU core pair."""
     rows_per_part: int | None = Field(None, gt=0)

@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
+from PIL import Image
 
 from medsae.artifacts import EMBEDDING_SCHEMA, REJECT_SCHEMA, RunDir, embedding_parts, fingerprint, resolve
 from medsae.config import RunConfig
@@ -122,13 +123,14 @@ def _rows(part: str, payload: pa.Buffer) -> pa.Table:
     return pa.table({"part": [part], "payload": array})
 
 
-def decode_part(rows: pa.Table, data: DataConfig, encoder_name: str) -> pa.Table:
+def decode_part(rows: pa.Table, data: DataConfig, encoder_name: str, reduced: bool = False) -> pa.Table:
     """A part's manifest rows to rows with the encoder's 8-bit pixels, or a reason. Holds no weights."""
     from medsae.data import radiograph
 
     keep_freed_memory()
     fs, base = resolve(data.root)
     preprocess = load_preprocess(encoder_name)
+    reduce_to = 2 * max(preprocess(Image.new("L", (8, 8))).shape) if reduced else 0
     table = unpack(rows["payload"][0])
     pixels: list[bytes] = []
     hashes: list[str] = []
@@ -137,7 +139,7 @@ def decode_part(rows: pa.Table, data: DataConfig, encoder_name: str) -> pa.Table
     for path in table["path"].to_pylist():
         content, digest, reason = b"", "", ""
         try:
-            array = preprocess(radiograph.load(fs, f"{base}/{path}", data.max_pixels))
+            array = preprocess(radiograph.load(fs, f"{base}/{path}", data.max_pixels, reduce_to))
             shape, content = array.shape, array.tobytes()
             digest = hashlib.sha256(content).hexdigest()[:16]
         except DataError as error:
@@ -250,7 +252,7 @@ def _extract(config: RunConfig, run: RunDir, todo: list[Part], images: int, gpus
         ray.data.from_arrow([_rows(p.file, pack(p.table)) for p in todo])
         .map_batches(
             decode_part,
-            fn_kwargs={"data": config.data, "encoder_name": config.encoder.name},
+            fn_kwargs={"data": config.data, "encoder_name": config.encoder.name, "reduced": config.encoder.reduced_decode},
             batch_size=1,
             batch_format="pyarrow",
             num_cpus=1,

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from medsae.data.radiograph import decode, load
+from medsae.encoders.medclip import preprocess
 from medsae.errors import DataError
 
 RNG = np.random.default_rng(0)
@@ -46,6 +47,18 @@ def test_greyscale_png_is_exact() -> None:
 def test_rgb_is_luma_as_pil_does() -> None:
     rgb = Image.fromarray(RNG.integers(0, 256, (9, 7, 3), dtype=np.uint8))
     np.testing.assert_array_equal(np.asarray(decode(encoded(rgb))), np.asarray(rgb.convert("L")))
+
+
+@pytest.mark.parametrize(("size", "reduce_to", "expected"), [((1600, 1200), 448, (800, 600)), ((1800, 1440), 448, (450, 360)), ((800, 640), 448, (800, 640))])
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_the_jpeg_decoder_scales_down_when_asked(mode: str, size: tuple[int, int], reduce_to: int, expected: tuple[int, int]) -> None:
+    smooth = Image.fromarray(RNG.integers(0, 256, (9, 12), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC).convert(mode)
+    whole, reduced = decode(encoded(smooth, "JPEG", quality=95)), decode(encoded(smooth, "JPEG", quality=95), reduce_to=reduce_to)
+    assert (whole.size, reduced.size, reduced.mode) == (size, expected, "L")
+    difference = np.abs(np.subtract(*(preprocess(image).astype(int) for image in (whole, reduced))))
+    assert difference.mean() < 0.5, difference.mean()
+    assert np.percentile(difference, 99) <= 2
+    np.testing.assert_array_equal(np.asarray(decode(encoded(smooth), reduce_to=reduce_to)), np.asarray(decode(encoded(smooth))), "PNG is not touched")
 
 
 def test_transparent_pixels_are_black() -> None:

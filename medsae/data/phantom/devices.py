@@ -43,14 +43,14 @@ def central_line(scene: Scene, rng: np.random.Generator) -> None:
     else:
         start = [(s * 17.5, -2.0), (s * rng.uniform(13, 15), -7.5), (s * 7.5, -8.9), (s * 3.6, -8.2)]
     crossing = [(0.5, -6.4)] if s > 0 else []
-    wire(scene, [*start, *crossing, (cava, -4.2), (cava - 0.1, -1.0), (cava, tip)], 0.34)
+    wire(scene, [*start, *crossing, (cava, -4.2), (cava - 0.1, -1.0), (cava, tip)], 0.55)
 
 
 def endotracheal_tube(scene: Scene, rng: np.random.Generator) -> None:
     """A tube in the trachea: two pale walls, a radiopaque stripe, its tip above the carina."""
     middle = scene.shift * 0.9 + 2.0 * scene.yaw
     tip = rng.uniform(-4.6, -2.4)
-    for offset, metal in ((-0.42, 0.10), (0.42, 0.10), (0.20, 0.28)):
+    for offset, metal in ((-0.42, 0.16), (0.42, 0.16), (0.20, 0.42)):
         wire(scene, [(0.3 + offset, -19.0), (0.1 + offset, -13.0), (0.4 * middle + offset, -7.5), (0.8 * middle + offset, tip)], metal)
 
 
@@ -85,7 +85,7 @@ def ecg_leads(scene: Scene) -> np.ndarray:
         u = spots[k][0] + rng.normal(0, 1.2)
         v = spots[k][1] + rng.normal(0, 1.2)
         r2 = np.square(film.u - np.float32(u)) + np.square(film.v - np.float32(v))
-        solid += np.float32(2.6) * (r2 < 0.30) + np.float32(1.4) * ((r2 > 0.55) & (r2 < 0.95))
+        solid += np.float32(4.0) * (r2 < 0.30) + np.float32(2.2) * ((r2 > 0.55) & (r2 < 0.95))
         away = np.sign(u) if abs(u) > 2 else 1.0
         bend = rng.normal(0, 2.2, (3, 2))
         down = rng.random() < 0.5
@@ -98,7 +98,7 @@ def ecg_leads(scene: Scene) -> np.ndarray:
                 (0.5 * (u + ends[0]) + bend[1, 0], 0.5 * (v + ends[1]) + bend[1, 1]),
                 ends,
             ],
-            0.24,
+            0.32,
         )
     return solid
 

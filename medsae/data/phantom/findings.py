@@ -83,26 +83,28 @@ def atelectasis(scene: Scene, side: str) -> None:
     if severity == 0:
         return
     film, rng = scene.film, _stream(scene, 2, side)
+    # Fluid squeezes the lung above it: the lowest band lies clear of the diaphragm and of the level.
+    floor = min(scene.dome[side] - 1.2, fluid_level(scene, side) - 1.6)
     for k in range(1 + round(2.4 * severity)):
-        v = scene.dome[side] - 1.4 - 1.6 * k - rng.uniform(0, 0.6)
+        v = floor - 1.5 * k - rng.uniform(0, 0.6)
         u = SIGN[side] * np.linspace(rng.uniform(4.2, 6.0), rng.uniform(9.5, 11.3) * scene.width, 160)
         slope = rng.uniform(-0.16, 0.22)
         line = v + slope * np.abs(u - u[0]) + 0.25 * np.sin(np.linspace(0, np.pi, 160))
         taper = np.sin(np.linspace(0.25, np.pi - 0.25, 160))
-        film.splat(1, u, line, 0.034 * (0.45 + 0.75 * severity) * taper)
-        film.splat(0, u, line, 0.012 * (0.45 + 0.75 * severity) * taper)
+        film.splat(1, u, line, 0.060 * (0.6 + 0.6 * severity) * taper)
+        film.splat(0, u, line, 0.020 * (0.6 + 0.6 * severity) * taper)
     base = np.exp(-np.square((film.v - np.float32(scene.dome[side] + 0.5)) / np.float32(2.6)))
     base *= np.exp(-np.square((film.u * np.float32(SIGN[side]) - 6) / np.float32(5)))
     _fill(scene, np.float32(0.34 * severity) * base, side)
 
 
 def nodule(scene: Scene, side: str) -> None:
-    """A round, dense ball of 1 to 3.4 cm in the lung."""
+    """A round, dense ball of 1.6 to 3.4 cm in the lung."""
     severity = scene.phantom.findings.side("nodule", side)
     if severity == 0:
         return
     a, rng = scene.phantom.anatomy, _stream(scene, 3, side)
-    radius = 0.5 + 1.2 * severity
+    radius = 0.65 + 1.05 * severity
     v = (-8.0 + a.nodule_zone * (scene.dome[side] + 5.0)) * scene.height
     edge = np.interp(v, [-10, -7, -4, 0, 4, 14], [7.0, 8.7, 10.5, 12.0, 13.2, 13.0]) * scene.width
     u = SIGN[side] * (5.0 + a.nodule_lateral * (edge - 6.2 - radius))
@@ -110,8 +112,14 @@ def nodule(scene: Scene, side: str) -> None:
     du, dv = film.u - np.float32(u), film.v - np.float32(v)
     wobble = 1 + 0.07 * np.sin(3 * np.arctan2(dv, du) + rng.uniform(0, 6))
     depth = 2 * np.sqrt(np.maximum(np.float32(radius) ** 2 - (du * du + dv * dv) * wobble, 0))
-    share = np.minimum(1.35 * depth / np.maximum(scene.air, 2.0), 0.95)
+    share = np.minimum(2.4 * depth / np.maximum(scene.air, 2.0), 0.95)
     _fill(scene, share, side)
+
+
+def fluid_level(scene: Scene, side: str) -> float:
+    """Where the fluid of an effusion stands at the middle of the lung, cm; far below the film where there is none."""
+    severity = scene.phantom.findings.side("effusion", side)
+    return float(scene.dome[side] + 3.4 - 11.5 * severity**0.9) if severity else 99.0
 
 
 def effusion(scene: Scene, side: str) -> None:
@@ -124,7 +132,7 @@ def effusion(scene: Scene, side: str) -> None:
     rim = np.clip(across, 0, 1)
     rim2 = rim * rim
     # Level at the middle of the lung, and how much higher it stands at the wall.
-    level = scene.dome[side] + 3.4 - 11.5 * severity**0.9
+    level = fluid_level(scene, side)
     climb = 2.2 + 2.4 * severity
     surface = np.float32(level) - np.float32(climb) * (rim2 * rim2) + np.float32(1.0) * (1 - rim2)
     depth = film.v - surface

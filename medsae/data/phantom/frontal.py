@@ -257,8 +257,8 @@ def ribs(scene: Scene) -> None:
         paths = rib_paths(scene, side)
         centre, area = paths[..., :2], 1.25 * old * paths[..., 2] * np.clip((150 - theta) / 30, 0.25, 1)
         normal = normals(centre)
-        for rib in range(first, first + (0 if severity == 0 else 1 + round(2 * severity))):
-            centre[rib], area[rib] = fracture(centre[rib], area[rib], theta, normal[rib], severity, 78.0 if rib % 2 else 62.0)
+        for rib in range(first, first + (0 if severity == 0 else 2 + round(2 * severity))):
+            centre[rib], area[rib] = fracture(centre[rib], area[rib], theta, normal[rib], severity, 58.0 if rib % 2 else 44.0)
         points = centre[:, :, None, :] + normal[:, :, None, :] * (half[:, None] * offsets[None, :])[None, :, :, None]
         scene.film.splat(0, points[..., 0], points[..., 1], area[..., None] * profile)
 
@@ -274,11 +274,11 @@ def fracture(
     centre: np.ndarray, area: np.ndarray, theta: np.ndarray, normal: np.ndarray, severity: float, at: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """A displaced break at angle `at`: the far fragment steps aside, a gap opens, callus is dense on both ends."""
-    step = 0.25 + 0.75 * severity
+    step = 0.55 + 0.75 * severity
     beyond = theta > at
     moved = centre + normal * (step * beyond * np.exp(-np.maximum(theta - at, 0) / 30))[:, None]
-    gap = np.abs(theta - at) < 1.2 + 1.5 * severity
-    callus = 1 + (0.9 + 0.8 * severity) * np.exp(-(((np.abs(theta - at) - 4.5) / 2.2) ** 2))
+    gap = np.abs(theta - at) < 2.0 + 1.5 * severity
+    callus = 1 + (1.7 + 1.3 * severity) * np.exp(-(((np.abs(theta - at) - 5.5) / 2.6) ** 2))
     return moved, np.where(gap, 0.05, 1.0) * area * callus
 
 
