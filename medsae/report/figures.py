@@ -254,14 +254,14 @@ def frontier(rows: list[dict[str, Any]]) -> Figure | None:
                 if not line:
                     continue
                 turn = architectures.index(architecture) if len(architectures) > 1 else sizes.index(size)
-                style = {
+                look: Any = {
                     "color": PALETTE[f"sae-{turn % 4 + 1}"],
                     "marker": MARKERS[sizes.index(size) % len(MARKERS)],
                     "linestyle": DASHES[turn // 4 % 4],
                 }
-                ax.plot(*zip(*line, strict=True), linewidth=1.6, markersize=6, label=f"{architecture}, {size}", **style)
-        _spread_axis(ax.xaxis, [row["l0"] for row in rows], 3)
-        _spread_axis(ax.yaxis, [row["fvu"] for row in rows], 10)
+                ax.plot(*zip(*line, strict=True), linewidth=1.6, markersize=6, label=f"{architecture}, {size}", **look)
+        _spread_axis(ax, "x", [row["l0"] for row in rows], 3)
+        _spread_axis(ax, "y", [row["fvu"] for row in rows], 10)
         ax.set_xlabel("active neurons an image (L0)")
         ax.set_ylabel("unexplained variance (FVU)")
         ax.grid(True, axis="both")
@@ -269,13 +269,14 @@ def frontier(rows: list[dict[str, Any]]) -> Figure | None:
     return figure
 
 
-def _spread_axis(axis: matplotlib.axis.Axis, values: list[float], factor: float) -> None:
+def _spread_axis(ax: Axes, which: str, values: list[float], factor: float) -> None:
     """A logarithmic axis with plain numbers where values spread over more than `factor`; otherwise one that begins at zero, with room above."""
     low, high = min(values), max(values)
     if high / low <= factor:
-        axis.axes.set(**{f"{axis.axis_name}lim": (0, 1.08 * high)})
+        ax.set(**{f"{which}lim": (0, 1.08 * high)})
         return
-    axis.axes.set(**{f"{axis.axis_name}scale": "log"})
+    ax.set(**{f"{which}scale": "log"})
+    axis = ax.xaxis if which == "x" else ax.yaxis
     axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
     axis.set_minor_locator(matplotlib.ticker.NullLocator())
     axis.set_major_formatter(lambda value, _: f"{value:g}")
