@@ -14,7 +14,7 @@ from medsae.errors import ConfigError
 from medsae.metrics.config import MeasureConfig
 from medsae.naming.config import NameConfig, ScoreConfig
 from medsae.report.config import ReportConfig
-from medsae.sae.config import SAEConfig
+from medsae.sae.config import FitConfig, SAEConfig
 from medsae.sae.grid import expand
 from medsae.settings import Section
 
@@ -43,6 +43,7 @@ class RunConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
     sae: list[SAEConfig] = Field(default_factory=lambda: [SAEConfig()], min_length=1)
     """The sparse autoencoders to train and measure. `grid` in an entry, a list an option, stands for every combination (`docs/sae.md`)."""
+    fit: FitConfig = FitConfig()
     measure: MeasureConfig = MeasureConfig()
     name: NameConfig = NameConfig()
     score: ScoreConfig = ScoreConfig()
