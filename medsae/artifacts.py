@@ -243,7 +243,8 @@ def embedding_parts(run: RunDir) -> list[str]:
     return parts
 
 
-def _matrix(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
+def as_matrix(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
+    """A column of lists of one length as a matrix [n, length]; raises ValueError where lengths differ."""
     flat = column.combine_chunks()
     if isinstance(flat, pa.ChunkedArray):
         flat = pa.concat_arrays(flat.chunks) if flat.num_chunks else pa.array([], flat.type)
@@ -255,7 +256,7 @@ def _matrix(column: pa.ChunkedArray, dtype: Any) -> np.ndarray:
 def as_embeddings(table: pa.Table, label_names: list[str]) -> Embeddings:
     """A table in the schema of `embeddings/part-*.parquet` as arrays."""
     meta = table.drop_columns(["labels", "embedding"])
-    return Embeddings(_matrix(table["embedding"], np.float32), _matrix(table["labels"], np.int8), label_names, meta)
+    return Embeddings(as_matrix(table["embedding"], np.float32), as_matrix(table["labels"], np.int8), label_names, meta)
 
 
 def read_part(run: RunDir, part: str, label_names: list[str], split: str | None = None) -> Embeddings:

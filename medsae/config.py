@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from medsae.data.config import DataConfig
 from medsae.encoders.config import EncoderConfig
@@ -14,7 +14,8 @@ from medsae.errors import ConfigError
 from medsae.metrics.config import MeasureConfig
 from medsae.naming.config import NameConfig, ScoreConfig
 from medsae.report.config import ReportConfig
-from medsae.sae.config import SAEConfig
+from medsae.sae.config import FitConfig, SAEConfig
+from medsae.sae.grid import expand
 from medsae.settings import Section
 
 
@@ -41,12 +42,18 @@ class RunConfig(Section):
     data: DataConfig = DataConfig()
     encoder: EncoderConfig = EncoderConfig()
     sae: list[SAEConfig] = Field(default_factory=lambda: [SAEConfig()], min_length=1)
-    """The sparse autoencoders to train and measure."""
+    """The sparse autoencoders to train and measure. `grid` in an entry, a list an option, stands for every combination (`docs/sae.md`)."""
+    fit: FitConfig = FitConfig()
     measure: MeasureConfig = MeasureConfig()
     name: NameConfig = NameConfig()
     score: ScoreConfig = ScoreConfig()
     report: ReportConfig = ReportConfig()
     ray: RayConfig = RayConfig()
+
+    @field_validator("sae", mode="before")
+    @classmethod
+    def _grids(cls, entries: Any) -> Any:
+        return expand(entries)
 
     @model_validator(mode="after")
     def _unique_names(self) -> RunConfig:

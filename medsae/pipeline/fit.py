@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import math
 import os
 import tempfile
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,18 +19,21 @@ import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from medsae.artifacts import RunDir, fingerprint, read_embeddings
+from medsae.artifacts import RunDir, embedding_parts, fingerprint, read_embeddings
 from medsae.config import RunConfig
 from medsae.errors import ConfigError, DataError, MedSAEError
 from medsae.pipeline.cluster import cluster_gpus, ray_session
 from medsae.pipeline.done import Done
 from medsae.pipeline.stage import StageResult
+from medsae.pipeline.stream import Stream, survey
+from medsae.pipeline.trackers import check_trackers, open_trackers
 from medsae.progress import progress
 from medsae.sae.checkpoint import save
 from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
-from medsae.sae.data import Scaling, batch_plan, check_embeddings, fit_scaling, geometric_median
+from medsae.sae.data import Scaling, batch_plan, center_rows, check_embeddings, fit_scaling, geometric_median
 from medsae.sae.model import fold, reconstruction
+from medsae.sae.source import LANES, Held, Source, as_tensor
 from medsae.sae.training import Trainer, train
 
 SCRATCH = "sae/.train"
@@ -38,7 +41,6 @@ SCRATCH = "sae/.train"
 STATE = "trainers.pt"
 MAX_FAILURES = 3
 """Restarts from the last checkpoint after the loss of a worker."""
-MEDIAN_ROWS = 32768
 
 
 def run(config: RunConfig, run: RunDir) -> StageResult:
@@ -51,48 +53,100 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
     """
     encoder = run.read_manifest().get("encoder", {})
     where = run.path("embeddings") + " (split train)"
-    x = _read_training_split(run, where)
-    check_embeddings(x, where, encoder.get("dim"))
-    scaling = fit_scaling(x, where)
-    inputs = scaling.apply(x)
-    del x
-    center = geometric_median(inputs[np.random.default_rng(config.seed).permutation(len(inputs))[:MEDIAN_ROWS]])
-    name = fingerprint([hashlib.sha256(inputs.data).hexdigest(), config.seed, [s.model_dump(mode="json") for s in config.sae]])
-    samples, width = inputs.shape
+    check_trackers(config.fit.trackers, run)
+    streamed = is_streamed(config, run)
+    held = None if streamed else hold(run, where, encoder.get("dim"), config.seed)
     with ray_session(config.ray):
-        gpus = cluster_gpus(config.ray)
-        _check_workers(config.ray.train_workers, gpus)
+        gpus, workers = cluster_gpus(config.ray), config.ray.train_workers
+        _check_workers(workers, gpus, streamed)
+        lanes = workers * -(-LANES // workers)
+        given: Stream | HeldInputs = held or survey(run, where, encoder.get("dim"), config.seed, config.fit.window, lanes)
+        name = fingerprint([given.digest, config.seed, [s.model_dump(mode="json") for s in config.sae]])
+        about = {"encoder": encoder, "scale": given.scaling.scale, "training_samples": given.samples, "seed": config.seed, "order": given.told}
         arguments = {
-            "inputs": [ray.put(inputs)],
-            "scaling": scaling,
-            "center": center,
+            "given": given.put() if isinstance(given, HeldInputs) else given,
+            "plans": {size: given.plan(size) for size in {s.batch_size for s in config.sae}},
             "saes": [s.model_dump(mode="json") for s in config.sae],
             "seed": config.seed,
             "run": run,
-            "metadata": {"encoder": encoder, "scale": scaling.scale, "training_samples": samples, "seed": config.seed},
+            "trackers": config.fit.trackers,
+            "name": name,
+            "metadata": about,
         }
-        result = fit_on_ray(arguments, name, run, config.ray.train_workers, gpus)
+        del held
+        result = fit_on_ray(arguments, name, run, workers, gpus)
     if "error" in result:
         raise MedSAEError(result["error"])
     outputs = dict(result["outputs"])
     outputs["sae/frontier.json"] = run.write_json("sae/frontier.json", result["results"])
     run.delete(SCRATCH)
-    counts = {"samples": samples, "width": width, "saes": len(config.sae), "train_seconds": result["seconds"], "frontier": result["results"]}
+    counts = {
+        "samples": given.samples,
+        "width": given.dim,
+        "saes": len(config.sae),
+        "train_seconds": result["seconds"],
+        "frontier": result["results"],
+    }
     return StageResult(counts=counts, outputs=outputs)
 
 
-def _read_training_split(run: RunDir, where: str) -> np.ndarray:
+@dataclass
+class HeldInputs:
+    """The scaled training split in memory, `inputs` float32 [n, d] or, on its way to the workers, where it lies in the object store."""
+
+    scaling: Scaling
+    center: np.ndarray
+    digest: str
+    samples: int
+    dim: int
+    inputs: Any
+    told = "exact shuffle"
+
+    def plan(self, batch_size: int) -> tuple[int, int]:
+        return batch_plan(self.samples, batch_size)
+
+    def put(self) -> HeldInputs:
+        """Inputs moved to the object store: once a node, read by all its workers without a copy."""
+        reference = [ray.put(self.inputs)]
+        self.inputs = None
+        return replace(self, inputs=reference)
+
+    def open(self, device: torch.device) -> Held:
+        return Held(as_tensor(ray.get(self.inputs[0])).to(device))
+
+
+def hold(run: RunDir, where: str, dim: int | None, seed: int) -> HeldInputs:
+    """Reads, checks and scales the training split."""
     try:
-        return read_embeddings(run, "train").x
+        x = read_embeddings(run, "train").x
     except ValueError as error:
         raise DataError(f"{where}: embeddings differ in width from row to row; delete the folder and run extract again") from error
+    check_embeddings(x, where, dim)
+    scaling = fit_scaling(x, where)
+    inputs = scaling.apply(x)
+    center = geometric_median(inputs[center_rows(len(inputs), seed)])
+    return HeldInputs(scaling, center, hashlib.sha256(inputs.data).hexdigest(), len(inputs), inputs.shape[1], inputs)
 
 
-def _check_workers(workers: int, gpus: int) -> None:
+def is_streamed(config: RunConfig, run: RunDir) -> bool:
+    """Whether embeddings are too large to hold. Holding takes several times their size for a moment: tables, the split, the scaled copy, the object store."""
+    size = sum(info.size for info in run.fs.get_file_info([run.path(part) for part in embedding_parts(run)]))
+    limit = memory_limit() / 8 if config.fit.hold_gb is None else config.fit.hold_gb * 2**30
+    return size > limit
+
+
+def _check_workers(workers: int, gpus: int, streamed: bool) -> None:
     """Ray Train waits without end for what a cluster does not have; an autoscaled cluster may still grow, so only a cluster of one node is refused."""
-    have = gpus or int(ray.cluster_resources().get("CPU", 0))
-    if len(ray.nodes()) == 1 and workers > have:
+    if len(ray.nodes()) != 1:
+        return
+    cpus = int(ray.cluster_resources().get("CPU", 0))
+    have = gpus or cpus
+    if workers > have:
         raise ConfigError(f"ray.train_workers = {workers}, but the cluster has {have} {'GPUs' if gpus else 'CPUs'}; lower it, or raise ray.num_cpus")
+    if streamed and workers >= cpus:
+        raise ConfigError(
+            f"ray.train_workers = {workers} of {cpus} CPUs leave none to read embeddings that are streamed; lower it, or raise ray.num_cpus"
+        )
 
 
 def fit_on_ray(
@@ -125,12 +179,11 @@ def fit_on_ray(
 def passes(arguments: dict[str, Any]) -> int:
     """Samples that pass in all: those of the longest training of each batch size, which the others share."""
     configs = [SAEConfig.model_validate(s) for s in arguments["saes"]]
-    samples = arguments["metadata"]["training_samples"]
     longest = {c.batch_size: max(o.epochs for o in configs if o.batch_size == c.batch_size) for c in configs}
-    return sum(epochs * math.prod(batch_plan(samples, size)) for size, epochs in longest.items())
+    return sum(epochs * math.prod(arguments["plans"][size]) for size, epochs in longest.items())
 
 
-@contextmanager
+@contextlib.contextmanager
 def _shown(done: Any, total: int) -> Iterator[None]:
     """A progress bar of what the workers have done, while they do it."""
     stop = threading.Event()
@@ -163,29 +216,37 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     collective = Collective()
     seed, run = arguments["seed"], arguments["run"]
     configs = [SAEConfig.model_validate(s) for s in arguments["saes"]]
-    inputs = ray.get(arguments["inputs"][0])
+    given = arguments["given"]
     clock = time.perf_counter()
     try:
-        check_memory(configs, inputs.shape, device, context.get_local_world_size())
-        x = _as_tensor(inputs).to(device)
-        trainers = [Trainer(c, x.shape[1], len(x), seed, arguments["center"], device, collective) for c in configs]
+        check_memory(configs, (given.samples if isinstance(given, HeldInputs) else 0, given.dim), device, context.get_local_world_size())
+        source = given.open(device)
+        trainers = [Trainer(c, given.dim, given.samples, seed, given.center, device, collective, arguments["plans"][c.batch_size]) for c in configs]
         _resume(trainers)
         before = dict.fromkeys(dict.fromkeys(c.batch_size for c in configs), 0)
+
+        trackers = open_trackers(arguments["trackers"], run, SCRATCH, arguments["name"], configs) if collective.rank == 0 else []
 
         def on_epoch(current: list[Trainer], due: bool) -> None:
             before[current[0].config.batch_size] = current[0].step_count * current[0].batch
             if collective.rank == 0:
                 arguments["done"].set.remote(sum(before.values()))
+            for tracker in trackers:
+                for trainer in current:
+                    tracker.write(trainer.config.name, trainer.log)
             if due:
                 _report(trainers, collective.rank)
 
-        train(trainers, x, seed, on_epoch)
+        with contextlib.ExitStack() as stack:
+            for tracker in trackers:
+                stack.callback(tracker.close)
+            train(trainers, source, seed, on_epoch)
     except MedSAEError as error:
         return {"error": str(error)}
     seconds = round(time.perf_counter() - clock, 3)
     results, outputs = [], {}
     for trainer in trainers:
-        figures, files = publish(trainer, x, arguments["scaling"], run, arguments["metadata"])
+        figures, files = publish(trainer, source, given.scaling, run, arguments["metadata"])
         results.append(figures)
         outputs.update(files)
     return {"results": results, "outputs": outputs, "seconds": seconds}
@@ -226,13 +287,6 @@ def memory_limit() -> int:
         return limit
 
 
-def _as_tensor(array: np.ndarray) -> torch.Tensor:
-    """A tensor on the memory of the object store: no copy a worker. It is only read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
-
-
 def _resume(trainers: list[Trainer]) -> None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is None:
@@ -254,7 +308,7 @@ def _report(trainers: list[Trainer], rank: int) -> None:
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 
-def publish(trainer: Trainer, x: torch.Tensor, scaling: Scaling, run: RunDir, metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+def publish(trainer: Trainer, source: Source, scaling: Scaling, run: RunDir, metadata: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
     """Measures a trained autoencoder, as inference will run it, on the training split, and (rank 0) writes `sae/NAME`.
 
     Returns the figures, and relative paths to SHA-256 (empty on other ranks).
@@ -262,15 +316,18 @@ def publish(trainer: Trainer, x: torch.Tensor, scaling: Scaling, run: RunDir, me
     config, collective = trainer.config, trainer.collective
     activation, tensors, options = trainer.sae.export()
     # The inputs are scaled already, so the figures come from weights that are not folded; FVU, L0 and dead share do not depend on it.
-    plain = fold(activation, tensors, options, Scaling(np.zeros(x.shape[1]), 1.0, 1.0), {}).to(x.device)
-    sums = reconstruction(plain, x[collective.rank :: collective.world], torch.zeros(x.shape[1], dtype=torch.float64))
+    plain = fold(activation, tensors, options, Scaling(np.zeros(source.dim), 1.0, 1.0), {}).to(trainer.device)
+    zero = torch.zeros(source.dim, dtype=torch.float64)
+    sums = reconstruction(plain, torch.zeros(0, source.dim, device=trainer.device), zero)
+    for part in source.shares(collective.rank, collective.world):
+        sums = {key: value + sums[key] for key, value in reconstruction(plain, part, zero).items()}
     sums = {key: collective.sum(value) for key, value in sums.items()}
     figures = {
         "name": config.name,
         "architecture": config.architecture,
         "dict_size": config.dict_size,
         "fvu": float(sums["sse"] / sums["variance"]),
-        "l0": float(sums["active"] / len(x)),
+        "l0": float(sums["active"] / source.samples),
         "dead_share": float((sums["count"] == 0).double().mean()),
         "steps": trainer.step_count,
     }

@@ -21,7 +21,7 @@ log = logging.getLogger("medsae")
 STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     # stage: (configuration sections it reads, stages it reads)
     "extract": (("data", "encoder"), ()),
-    "fit": (("sae",), ("extract",)),
+    "fit": (("sae", "fit"), ("extract",)),
     "measure": (("data", "measure"), ("extract", "fit")),
     "name": (("name",), ("measure",)),
     "score": (("score",), ("name",)),
@@ -32,6 +32,7 @@ LABEL_POLICY = {"uncertain", "blank"}
 """Keys of `data` that only readers of labels apply: they do not make embeddings stale."""
 
 SPEED_ONLY = {
+    "fit": {"trackers"},
     "encoder": {"actors", "batch_size", "rows_per_part"},
     "name": {"url", "api_key_env", "concurrency", "retries", "timeout", "environment"},
 }

@@ -232,6 +232,56 @@ def training_curve(saes: list[Measured], key: str, title: str) -> Figure | None:
     return figure
 
 
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":", "-.")
+
+
+def frontier(rows: list[dict[str, Any]]) -> Figure | None:
+    """FVU over L0, a line an architecture and dictionary size; rows of `sae/frontier.json`. None where fewer than two can be drawn.
+
+    Colours tell architectures apart, or dictionary sizes where there is one architecture. An axis is logarithmic where its values spread over more than a
+    factor of three (L0) or ten (FVU).
+    """
+    rows = [row for row in rows if row["l0"] > 0 and row["fvu"] > 0]
+    if len(rows) < 2:
+        return None
+    architectures = list(dict.fromkeys(row["architecture"] for row in rows))
+    sizes = sorted({row["dict_size"] for row in rows})
+    with _figure(7.4, 4.2) as (figure, ax):
+        for architecture in architectures:
+            for size in sizes:
+                line = sorted((row["l0"], row["fvu"]) for row in rows if (row["architecture"], row["dict_size"]) == (architecture, size))
+                if not line:
+                    continue
+                turn = architectures.index(architecture) if len(architectures) > 1 else sizes.index(size)
+                look: Any = {
+                    "color": PALETTE[f"sae-{turn % 4 + 1}"],
+                    "marker": MARKERS[sizes.index(size) % len(MARKERS)],
+                    "linestyle": DASHES[turn // 4 % 4],
+                }
+                ax.plot(*zip(*line, strict=True), linewidth=1.6, markersize=6, label=f"{architecture}, {size}", **look)
+        _spread_axis(ax, "x", [row["l0"] for row in rows], 3)
+        _spread_axis(ax, "y", [row["fvu"] for row in rows], 10)
+        ax.set_xlabel("active neurons an image (L0)")
+        ax.set_ylabel("unexplained variance (FVU)")
+        ax.grid(True, axis="both")
+        figure.legend(loc="outside right upper", title="architecture, neurons", alignment="left")
+    return figure
+
+
+def _spread_axis(ax: Axes, which: str, values: list[float], factor: float) -> None:
+    """A logarithmic axis with plain numbers where values spread over more than `factor`; otherwise one that begins at zero, with room above."""
+    low, high = min(values), max(values)
+    if high / low <= factor:
+        ax.set(**{f"{which}lim": (0, 1.08 * high)})
+        return
+    ax.set(**{f"{which}scale": "log"})
+    axis = ax.xaxis if which == "x" else ax.yaxis
+    axis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 2, 5)))
+    axis.set_minor_locator(matplotlib.ticker.NullLocator())
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+
+
 def _curve(rows: list[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:
     points = [(row.get("epoch", row.get("step", i)), row[key]) for i, row in enumerate(rows) if isinstance(row.get(key), int | float)]
     array = np.asarray(points, dtype=np.float64).reshape(-1, 2)

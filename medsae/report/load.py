@@ -71,7 +71,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ReportData:
-    """All that the report shows of a run. `baselines`: what else was measured the same way."""
+    """All that the report shows of a run. `baselines`: what else was measured the same way; `frontier`: rows of `sae/frontier.json`."""
 
     manifest: dict[str, Any]
     raw: Measured | None
@@ -79,6 +79,7 @@ class ReportData:
     baselines: list[Measured]
     rejects: Counter[tuple[str, str]]
     headline: dict[str, Any] | None
+    frontier: list[dict[str, Any]]
 
     @property
     def all(self) -> list[Measured]:
@@ -225,4 +226,5 @@ def read_report_data(run: RunDir) -> ReportData:
         baselines=[read_measured(run, n) for n in measured if n != RAW and n not in trained],
         rejects=Counter((row["stage"], row["reason"]) for row in rows),
         headline=_optional_json(run, "measure/headline.json"),
+        frontier=[row for row in run.read_json("sae/frontier.json") if row["name"] in saes] if run.exists("sae/frontier.json") else [],
     )

@@ -80,6 +80,7 @@ class _Page:
             "calibrations": [(m, rows) for m in data.saes if (rows := calibration_rows(m))],
             "probing": probing_table(data),
             "distributions": self.distributions(),
+            "frontier": self.frontier(),
             "training": self.training(),
             "scored": [row for m in data.all for row in score_rows(m)],
             "cards": cards,
@@ -210,6 +211,19 @@ class _Page:
                 {**c, "a": titles.get(c["name"], c["name"]), "b": titles.get(c["baseline"], c["baseline"])} for c in told.get("comparisons") or []
             ],
         }
+
+    def frontier(self) -> dict[str, Any] | None:
+        """Reconstruction against sparsity over the run's autoencoders, on the training split; None for fewer than two."""
+        rows = self.data.frontier
+        if len(rows) < 2:
+            return None
+        points = "; ".join(f"{row['name']} L0 {num(row['l0'], 1)} FVU {num(row['fvu'], 3)}" for row in rows)
+        svg = self.figure(
+            "frontier",
+            figures.frontier(rows),
+            f"Unexplained variance over active neurons an image, a line an architecture and dictionary size. {points}.",
+        )
+        return {"svg": svg, "rows": rows}
 
     def training(self) -> list[Markup]:
         found = []

@@ -39,6 +39,11 @@ def saelens_config(sae: SAE) -> dict[str, Any]:
     return config
 
 
+def as_lines(log: list[dict[str, Any]]) -> bytes:
+    """A training log as JSON lines."""
+    return "".join(json.dumps(line, allow_nan=False) + "\n" for line in log).encode()
+
+
 def save(sae: SAE, run: RunDir, folder: str, log: list[dict[str, Any]] | None = None) -> dict[str, str]:
     """Publishes an autoencoder under a folder of the run (`sae/NAME`); returns relative paths to SHA-256."""
     outputs = {}
@@ -46,7 +51,7 @@ def save(sae: SAE, run: RunDir, folder: str, log: list[dict[str, Any]] | None = 
     outputs[path] = run.write_bytes(path, save_tensors({k: v.cpu().contiguous() for k, v in sae.tensors.items()}))
     if log is not None:
         path = posixpath.join(folder, LOG)
-        outputs[path] = run.write_bytes(path, "".join(json.dumps(line, allow_nan=False) + "\n" for line in log).encode())
+        outputs[path] = run.write_bytes(path, as_lines(log))
     # Last: whoever finds the configuration finds the weights.
     path = posixpath.join(folder, CONFIG)
     outputs[path] = run.write_json(path, saelens_config(sae))

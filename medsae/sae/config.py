@@ -120,3 +120,14 @@ class SAEConfig(Section):
         if self.groups is not None and min(self.groups) * self.dict_size < 1:
             raise ValueError(f"the smallest of groups {list(self.groups)} holds no neuron of dict_size = {self.dict_size}")
         return self
+
+
+class FitConfig(Section):
+    """How the sparse autoencoders of a run are trained together."""
+
+    hold_gb: float | None = Field(None, ge=0)
+    """Embeddings whose files are larger than this, in GiB, are streamed from them instead of held in memory; 0 always streams. Default: an eighth of the machine's memory."""
+    window: int = Field(131_072, gt=0)
+    """Samples that are shuffled together when embeddings are streamed."""
+    trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Where the training log goes beside `training.jsonl`; each must be installed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -15,9 +15,10 @@ from medsae.errors import MedSAEError
 from medsae.sae.base import StepInput
 from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
-from medsae.sae.data import batch_plan, epoch_order
+from medsae.sae.data import batch_plan
 from medsae.sae.dead import resample
 from medsae.sae.registry import build
+from medsae.sae.source import Held, Source
 
 DIVERGED = 1e4
 """FVU of an epoch at which training has diverged (1 is as bad as the mean)."""
@@ -60,11 +61,14 @@ class Trainer:
         center: np.ndarray | None = None,
         device: str | torch.device = "cpu",
         collective: Collective | None = None,
+        plan: tuple[int, int] | None = None,
     ) -> None:
-        """`samples` of the training split, over all workers; `center` [d] starts `b_dec`."""
+        """`samples` of the training split, over all workers; `center` [d] starts `b_dec`; `plan` steps an epoch and samples a batch, where the source
+        of the batches cuts them otherwise than `batch_plan`.
+        """
         self.config, self.samples, self.seed, self.device = config, samples, seed, torch.device(device)
         self.collective = collective or Collective()
-        self.steps_per_epoch, self.batch = batch_plan(samples, config.batch_size)
+        self.steps_per_epoch, self.batch = plan or batch_plan(samples, config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.sae = build(config, dim, seed, center).to(self.device)
         self.parameters = list(self.sae.parameters())
@@ -167,6 +171,7 @@ class Trainer:
             "config": self.config.model_dump(mode="json"),
             "seed": self.seed,
             "samples": self.samples,
+            "batch": self.batch,
             "step": self.step_count,
             "sae": self.sae.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -181,7 +186,7 @@ class Trainer:
         Raises:
             MedSAEError: the state is of another run.
         """
-        mine = {"config": self.config.model_dump(mode="json"), "seed": self.seed, "samples": self.samples}
+        mine = {"config": self.config.model_dump(mode="json"), "seed": self.seed, "samples": self.samples, "batch": self.batch}
         differs = [key for key, value in mine.items() if state[key] != value]
         if differs:
             raise MedSAEError(f"sae {self.config.name}: the checkpoint is of another run ({', '.join(differs)} differ); remove the folder sae/.train")
@@ -191,32 +196,25 @@ class Trainer:
         self.step_count, self.resampled, self.log = state["step"], state["resampled"], list(state["log"])
 
 
-def shared_batches(x: Tensor, seed: int, epoch: int, batch_size: int, collective: Collective) -> Iterator[Tensor]:
-    """This worker's share of every global batch of an epoch; x [n, d] is the whole training split."""
-    steps, batch = batch_plan(len(x), batch_size)
-    order = epoch_order(len(x), seed, epoch)
-    for step in range(steps):
-        share = order[step * batch : (step + 1) * batch][collective.rank :: collective.world]
-        yield x[torch.from_numpy(share).to(x.device)]
-
-
 def train(
     trainers: list[Trainer],
-    x: Tensor,
+    x: Tensor | Source,
     seed: int,
     on_epoch: Callable[[list[Trainer], bool], None] | None = None,
 ) -> None:
-    """Trains all to their end from wherever they are, over shared batches.
+    """Trains all to their end from wherever they are, over shared batches; x [n, d] is the whole training split, or a source of its batches.
 
     Autoencoders of the same batch size see the same batches in the same pass; each batch size is a pass of its own.
     `on_epoch(trainers of the pass, whether a checkpoint is due)` is called after every epoch.
     """
+    source = Held(x) if isinstance(x, Tensor) else x
     for size in dict.fromkeys(t.config.batch_size for t in trainers):
         group = [t for t in trainers if t.config.batch_size == size]
         while live := [t for t in group if t.step_count < t.steps]:
             epoch = min(t.epoch for t in live)
             current = [t for t in live if t.epoch == epoch]
-            for batch in shared_batches(x, seed, epoch, size, current[0].collective):
+            collective = current[0].collective
+            for batch in source.batches(seed, epoch, size, collective.rank, collective.world):
                 for trainer in current:
                     trainer.step(batch)
             for trainer in current:

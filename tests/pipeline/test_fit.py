@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,13 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from medsae.artifacts import EMBEDDING_SCHEMA, RunDir, read_embeddings
 from medsae.config import RunConfig, validate_config
 from medsae.errors import ConfigError, DataError, MedSAEError
-from medsae.pipeline import fit
+from medsae.pipeline import fit, stream
 from medsae.sae import SAE, load
-from medsae.sae.config import SAEConfig
+from medsae.sae.config import FitConfig, SAEConfig
 from medsae.sae.data import fit_scaling, geometric_median
 from medsae.sae.model import fold
 from medsae.sae.training import Trainer, train
@@ -94,6 +97,104 @@ def test_a_dictionary_that_cannot_fit_is_refused() -> None:
     fit.check_memory([SAEConfig(dict_size=1024)], (1000, 128), torch.device("cpu"), 1)
 
 
+# --- streamed from the parts -----------------------------------------------------------------------------------------------------------------------
+
+
+def many_parts(folder: Path, sizes: tuple[int, ...] = (60, 20, 75, 45, 40)) -> RunDir:
+    """The run of `make_run` in parts of unequal sizes, one of which has no sample of the training split."""
+    run = make_run(folder)
+    table = pa.concat_tables([run.read_table(path) for path in run.list("embeddings")])
+    split = table["split"].to_pylist()
+    split[60:80] = ["eval"] * 20
+    table = table.set_column(table.schema.get_field_index("split"), "split", pa.array(split))
+    for index, (size, end) in enumerate(zip(sizes, np.cumsum(sizes), strict=True)):
+        run.write_table(f"embeddings/part-{index:05d}.parquet", table.slice(int(end) - size, size))
+    return run
+
+
+class Local:
+    """A streamed source without Ray: the same windows, read by the same code in this process."""
+
+    def __init__(self, given: stream.Stream) -> None:
+        self.given, self.samples, self.dim, self.plan = given, given.samples, given.dim, given.plan
+
+    def batches(self, seed: int, epoch: int, batch_size: int, rank: int, world: int) -> Iterator[torch.Tensor]:
+        for window in self.given.order.windows(seed, epoch, batch_size, rank, world):
+            payload = np.frombuffer(stream.read_window(window, self.given, seed), np.float32)
+            yield from torch.from_numpy(payload.reshape(window.steps, -1, self.dim).copy())
+
+    def shares(self, rank: int, world: int) -> Iterator[torch.Tensor]:
+        yield from ()
+
+
+@pytest.mark.ray
+def test_a_survey_of_the_parts_gives_what_the_whole_gives(tmp_path: Path, ray_cluster: None) -> None:
+    run = many_parts(tmp_path)
+    x = read_embeddings(run, "train").x
+    found = stream.survey(run, "here", D, 4, 64, 8)
+    whole = fit.hold(run, "here", D, 4)
+    assert found.samples == len(x) == whole.samples
+    assert found.order.counts[1] == 0
+    assert found.scaling.scale == pytest.approx(whole.scaling.scale, rel=1e-13)
+    np.testing.assert_allclose(found.scaling.mean, whole.scaling.mean, rtol=1e-13)
+    np.testing.assert_allclose(found.center, whole.center, atol=1e-6)
+    source = found.open(torch.device("cpu"))
+    torch.testing.assert_close(torch.cat(list(source.shares(0, 1))), torch.from_numpy(whole.inputs), rtol=0, atol=1e-6)
+    # Through Ray Data in the order that is due; two workers share what one sees.
+    batches = [b.clone() for b in source.batches(4, 1, 48, 0, 1)]
+    assert [torch.equal(a, b) for a, b in zip(batches, Local(found).batches(4, 1, 48, 0, 1), strict=True)] == [True] * source.plan(48)[0]
+    assert all(torch.equal(a, b[1::2]) for a, b in zip(source.batches(4, 1, 48, 1, 2), batches, strict=True))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_streamed_training_on_two_workers_gives_what_one_process_gives(tmp_path: Path, ray_cluster: None) -> None:
+    run = many_parts(tmp_path)
+    c = validate_config({**config(run, SAES[1:2], train_workers=2).model_dump(mode="json"), "fit": {"hold_gb": 0, "window": 64}})
+    result = fit.run(c, run)
+    given = stream.survey(run, "here", D, 4, 64, 8)
+    trainer = Trainer(c.sae[0], D, given.samples, 4, given.center, plan=given.plan(48))
+    train([trainer], Local(given), 4)
+    there, here = load((run, "batch_topk")), fold(*trainer.sae.export(), given.scaling, {})
+    for key, value in here.tensors.items():
+        torch.testing.assert_close(there.tensors[key], value, rtol=1e-4, atol=2e-5)
+    assert there.metadata["order"] == "streamed, shuffled in windows of 64 samples"
+    (row,) = result.counts["frontier"]
+    x = read_embeddings(run, "train").x
+    code = there.encode(x)
+    fvu = ((x - there.decode(code)).astype(np.float64) ** 2).sum() / ((x - x.mean(0, dtype=np.float64)) ** 2).sum()
+    assert row["fvu"] == pytest.approx(fvu, rel=1e-3)
+    assert row["dead_share"] == pytest.approx(1 - (code > 0).any(0).mean(), abs=1e-6)
+
+
+@pytest.mark.ray
+def test_bad_embeddings_that_are_streamed_stop_with_one_line(tmp_path: Path, ray_cluster: None) -> None:
+    whole = embeddings()
+    for index, (change, message) in enumerate(
+        [
+            ({"x": np.where(np.arange(N)[:, None] == 8, np.nan, whole)}, "1 of 180 embeddings hold NaN"),
+            ({"x": [np.ones(3 + i % 2, np.float32) for i in range(N)]}, "part-00000.parquet: embeddings differ in width"),
+            ({"x": [np.ones(3 + (i >= N // 2), np.float32) for i in range(N)]}, "embeddings are 3 and 4 wide"),
+            ({"splits": ("eval",)}, "0 embeddings are too few"),
+        ]
+    ):
+        run = make_run(tmp_path / str(index), **change)
+        with pytest.raises(DataError, match=message) as caught:
+            stream.survey(run, "here", None, 4, 64, 8)
+        assert "\n" not in str(caught.value)
+    run = make_run(tmp_path / "few")
+    c = validate_config({"run": run.uri, "sae": SAES, "fit": {"hold_gb": 0}, "ray": {"train_workers": 4}})
+    with pytest.raises(ConfigError, match="train_workers = 4 of 4 CPUs leave none to read"):
+        fit.run(c, run)
+
+
+def test_what_is_streamed_follows_the_size_of_the_files(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    size = sum((tmp_path / path).stat().st_size for path in run.list("embeddings"))
+    for limit, streamed in ((size / 2**30 - 1e-7, True), (size / 2**30, False), (None, False)):
+        assert fit.is_streamed(validate_config({"run": run.uri, "fit": {"hold_gb": limit}}), run) is streamed
+
+
 # --- on Ray Train ----------------------------------------------------------------------------------------------------------------------------------
 
 
@@ -102,7 +203,8 @@ def test_a_dictionary_that_cannot_fit_is_refused() -> None:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_stage_gives_what_one_process_gives(tmp_path: Path, ray_cluster: None, workers: int) -> None:
     run = make_run(tmp_path)
-    result = fit.run(config(run, train_workers=workers), run)
+    c = config(run, train_workers=workers)
+    result = fit.run(c.model_copy(update={"fit": FitConfig(trackers=("tensorboard",))}), run)
     files = {
         f"sae/{name}/{file}" for name in ("standard", "batch_topk", "jumprelu") for file in ("cfg.json", "sae_weights.safetensors", "training.jsonl")
     }
@@ -126,6 +228,8 @@ def test_stage_gives_what_one_process_gives(tmp_path: Path, ray_cluster: None, w
         assert there.metadata["encoder"]["notice"] == "stand-in"
         lines = run.read_bytes(f"sae/{row['name']}/training.jsonl").decode().splitlines()
         assert len(lines) == sae["epochs"]
+        events = EventAccumulator(run.path(f"tensorboard/{row['name']}")).Reload()
+        assert [e.step for e in events.Scalars("fvu")] == [json.loads(line)["step"] for line in lines]
 
 
 @pytest.mark.ray

@@ -19,6 +19,7 @@ from medsae.config import validate_config
 from medsae.errors import ArtifactError
 from medsae.pipeline import report as stage
 from medsae.report import ReportConfig, build_report
+from medsae.report.figures import frontier
 from medsae.report.format import count, num, percent, signed
 from medsae.report.load import read_report_data
 from tests.support.synthetic_run import LABELS, NOTICE, make_run
@@ -144,6 +145,37 @@ def test_cards_show_the_artifacts(page: Page, synthetic: tuple[RunDir, str]) -> 
     text = " ".join(page.text)
     names = {r["neuron"]: r for r in synthetic[0].read_table("names/standard.parquet").to_pylist()}
     assert all(names[n]["description"] in text for n in chosen)
+
+
+def test_the_frontier_is_the_artifact(page: Page, files: dict[str, bytes], synthetic: tuple[RunDir, str]) -> None:
+    rows = {row[0]: row[1:] for row in page.rows if len(row) == 6 and row[1] in ("standard", "topk")}
+    told = synthetic[0].read_json("sae/frontier.json")
+    assert rows == {
+        r["name"]: [r["architecture"], count(r["dict_size"]), num(r["l0"], 1), num(r["fvu"], 3), percent(r["dead_share"], 1)] for r in told
+    }
+    assert b"standard, 160" in files["report/frontier.svg"]
+
+
+def test_a_line_of_the_frontier_is_an_architecture_and_size_and_its_axes_follow_the_spread() -> None:
+    points = [(a, m, l0, l0**-0.5) for a in ("topk", "standard") for m in (64, 128) for l0 in (32.0, 4.0, 8.0)]
+    rows = [dict(zip(("architecture", "dict_size", "l0", "fvu"), p, strict=True)) for p in points]
+    (ax,) = frontier(rows).axes
+    assert [line.get_label() for line in ax.lines] == ["topk, 64", "topk, 128", "standard, 64", "standard, 128"]
+    assert list(ax.lines[0].get_xdata()) == [4, 8, 32]
+    assert (ax.get_xscale(), ax.get_yscale()) == ("log", "linear")
+    assert ax.get_ylim()[0] == 0
+    rows[0] |= {"fvu": 1e-3}
+    (ax,) = frontier(rows).axes
+    assert ax.get_yscale() == "log"
+    # An autoencoder that is silent or without error has no place on the axes; one point is no frontier.
+    assert frontier([rows[0], {**rows[1], "l0": 0.0}]) is None
+
+
+def test_one_autoencoder_has_no_frontier(tmp_path: Path) -> None:
+    run, data = make_run(tmp_path, n=60, m=20)
+    assert "report/frontier.svg" not in build_report(run, ReportConfig(cards=1), data)
+    run.delete("sae/frontier.json")
+    assert read_report_data(run).frontier == []
 
 
 def test_rejects_are_counted_by_reason(page: Page) -> None:

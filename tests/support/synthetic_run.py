@@ -184,6 +184,19 @@ def make_run(
                     schema=NAME_SCHEMA,
                 ),
             )
+    frontier = [
+        {
+            "name": name,
+            "architecture": "topk" if "topk" in name else "standard",
+            "dict_size": m,
+            "fvu": 0.21,
+            "l0": 8.0 + k,
+            "dead_share": 0.05,
+            "steps": 400,
+        }
+        for k, name in enumerate(saes)
+    ]
+    run.write_json("sae/frontier.json", frontier)
     rejects = [
         ("a.jpg", "extract", "truncated or damaged image"),
         ("b.jpg", "extract", "truncated or damaged image"),
