@@ -34,8 +34,8 @@ def compress(array: np.ndarray) -> sp.csr_matrix:
     return sp.csr_matrix((values, flat.astype(np.int32), start), shape=(n, m))
 
 
-def as_rows(activations: Any) -> np.ndarray | sp.csr_matrix:
-    """Activations [n, m] so that rows can be taken: compressed where at most half of them are nonzero, else as they are."""
+def as_rows(activations: Any) -> Any:
+    """Activations [n, m] so that rows can be taken: a CSR matrix where at most half of them are nonzero, else a numpy array."""
     if sp.issparse(activations):
         return activations.tocsr()
     array = as_array(activations)

@@ -71,8 +71,8 @@ class Null:
     mean: np.ndarray
     masked: bool
 
-    def add(self, state: NullState, z: np.ndarray | sp.csr_matrix, first: int, spread: np.ndarray) -> None:
-        """Adds activations [n, m] of the images from row `first` on to a state; each neuron is divided by its `spread` [m]."""
+    def add(self, state: NullState, z: Any, first: int, spread: np.ndarray) -> None:
+        """Adds activations [n, m] (numpy or CSR) of the images from row `first` on to a state; each neuron is divided by its `spread` [m]."""
         permuted = self.labels[self.donors[:, first : first + z.shape[0]]].transpose(1, 0, 2).reshape(z.shape[0], -1)
         given = ~np.isnan(permuted)
         centred = np.where(given, permuted - self.mean, 0).astype(np.float32)
@@ -121,8 +121,8 @@ def read_group(plan: Plan, parts: list[str]) -> Embeddings | None:
     return Embeddings(np.concatenate([p.x for p in found]), np.concatenate([p.labels for p in found]), plan.labels, meta)
 
 
-def batches(x: np.ndarray, features: Features, rows: int | None) -> Iterator[tuple[slice, np.ndarray | sp.csr_matrix]]:
-    """Activations of embeddings [n, d], batch by batch.
+def batches(x: np.ndarray, features: Features, rows: int | None) -> Iterator[tuple[slice, Any]]:
+    """Activations of embeddings [n, d], batch by batch, as numpy arrays or CSR matrices.
 
     They are made in blocks of about BLOCK_BYTES. Dense blocks are batches; sparse ones are compressed and collected up to BATCH_ENTRIES, for what is
     done once a batch costs O(m (C + D)) however few images it has.
