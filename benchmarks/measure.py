@@ -1,11 +1,16 @@
-"""Times of measure: the first pass of the stage at the size of CheXpert on one and two workers, and the paper's way beside the one-pass way.
+"""Times of measure at the size of CheXpert on one and two workers, and the paper's way beside the one-pass way.
 
     python benchmarks/measure.py                 # all; about six minutes on two cores
-    python benchmarks/measure.py --part peers    # only the comparison
+    python benchmarks/measure.py --part scale    # only the size of CheXpert
     python benchmarks/measure.py --csv DIR/train.csv   # with the label pattern of a real CSV
 
-Prints a table and a line of JSON. Embeddings are random, the dictionary is random with about 0.8 % of the neurons active (L0 about 66 of 8192);
-times depend on the size and the sparsity, not on what the numbers mean.
+Prints a table and a line of JSON. What is timed at scale: the first pass over embeddings on disk (read, encode, all states, merge) and the figures that
+follow from it, up to the columns of `neurons.parquet` and the state's part of `summary.json`: points that need no second pass.
+
+Embeddings are standard normal and the SAE is made, not trained, with the sparsity of a trained one: a ReLU dictionary of random unit directions, so that
+the pre-activation of neuron j is standard normal and a bias of -z(1 - f_j) makes it fire on a share f_j of the images. The f_j are log-normal with a
+standard deviation of 1.3 in ln f (the two SAEs of the demo: 1.2 and 1.4), 5 % are dead, and they add up to an L0 of 32. Times depend on sizes and on this sparsity, not
+on what the numbers mean. Without a CSV, labels have the shares of Irvin et al. 2019 (arXiv 1901.07031, table 1), drawn independently.
 """
 
 from __future__ import annotations
@@ -26,30 +31,42 @@ os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
 import numpy as np
 import pyarrow as pa
 import torch
+from scipy.stats import norm
 
 from medsae.artifacts import EMBEDDING_SCHEMA, RunDir
 from medsae.config import validate_config
 from medsae.data.manifest import CHEXPERT_LABELS
-from medsae.metrics import Moments, Monosemanticity
-from medsae.sae import SAE, save
+from medsae.metrics import MeasureState, Moments, Monosemanticity, apply_policy
+from medsae.metrics.tables import detection_figures, detection_table, neurons_table, summary
+from medsae.metrics.targets import KeyedRows
+from medsae.sae import SAE, load, save
 
 ROWS_PER_PART = 2048
 
 
-def dictionary(dim: int, neurons: int, seed: int = 0) -> SAE:
-    """A random ReLU dictionary whose neurons fire on about 0.8 % of standard normal inputs."""
+def dictionary(dim: int, neurons: int, l0: float = 32.0, seed: int = 0) -> SAE:
+    """A ReLU dictionary that fires on standard normal inputs as a trained one does (see the module's text)."""
     rng = np.random.default_rng(seed)
     w = rng.standard_normal((dim, neurons))
     w /= np.linalg.norm(w, axis=0)
-    tensors = {"W_enc": w, "b_enc": np.full(neurons, -2.4), "W_dec": w.T, "b_dec": np.zeros(dim)}
+    share = np.exp(rng.normal(0, 1.3, neurons)) * (rng.random(neurons) > 0.05)
+    share = np.minimum(share * l0 / share.sum(), 0.5)
+    bias = np.maximum(-norm.isf(share), -30.0)
+    tensors = {"W_enc": w, "b_enc": bias, "W_dec": w.T, "b_dec": np.zeros(dim)}
     return SAE("standard", {k: torch.tensor(v, dtype=torch.float32) for k, v in tensors.items()})
 
 
+POSITIVE = [8.86, 4.81, 12.26, 49.39, 3.65, 26.06, 6.78, 2.44, 15.63, 9.23, 40.34, 1.30, 3.87, 56.40]
+UNCERTAIN = [0.00, 5.41, 3.52, 2.31, 0.57, 6.17, 12.78, 8.34, 15.66, 1.42, 5.02, 0.94, 0.26, 0.48]
+"""Per cent of CheXpert's studies (Irvin et al. 2019, table 1), in the order of CHEXPERT_LABELS."""
+
+
 def labels_of(images: int, csv: str | None, seed: int = 0) -> np.ndarray:
-    """Raw labels [n, 14]: rows of a CSV, repeated, or drawn with CheXpert's rough shares."""
-    rng = np.random.default_rng(seed)
+    """Raw labels [n, 14]: rows of a CSV, repeated, or drawn with CheXpert's shares."""
     if csv is None:
-        return rng.choice([1, 0, -1, -2], p=[0.16, 0.12, 0.05, 0.67], size=(images, len(CHEXPERT_LABELS))).astype(np.int8)
+        draw = 100 * np.random.default_rng(seed).random((images, len(CHEXPERT_LABELS)))
+        positive, uncertain = np.array(POSITIVE), np.array(POSITIVE) + np.array(UNCERTAIN)
+        return np.where(draw < positive, 1, np.where(draw < uncertain, -1, -2)).astype(np.int8)
     import pandas as pd
 
     raw = pd.read_csv(csv)[CHEXPERT_LABELS].fillna(-2).to_numpy().astype(np.int8)
@@ -64,7 +81,9 @@ def write_run(folder: str, images: int, dim: int, csv: str | None) -> RunDir:
         columns: dict[str, Any] = {f.name: [""] * n for f in EMBEDDING_SCHEMA}
         columns |= {
             "image_id": [f"{i:016x}" for i in range(start, start + n)],
-            "patient_id": [str(i // 4) for i in range(start, start + n)],
+            "patient_id": [f"patient{i // 4:05d}" for i in range(start, start + n)],
+            "view": ["frontal"] * n,
+            "projection": rng.choice(["AP", "PA", ""], n).tolist(),
             "sex": rng.choice(["F", "M"], n).tolist(),
             "age": rng.uniform(20, 90, n).astype(np.float32),
             "split": ["eval"] * n,
@@ -76,36 +95,74 @@ def write_run(folder: str, images: int, dim: int, csv: str | None) -> RunDir:
     return run
 
 
-def at_scale(images: int, dim: int, neurons: int, csv: str | None, workers: list[int]) -> dict[str, Any]:
-    """Seconds and peak memory of the first pass, per number of workers; workers are Ray tasks of one CPU and one BLAS thread."""
+def finish(state: MeasureState, labels: np.ndarray) -> None:
+    """The figures that follow from a finished state."""
+    keys = KeyedRows([], np.arange(len(labels), dtype=np.uint64), apply_policy(labels))
+    found = detection_figures(state, keys, np.nansum(keys.values, axis=0))
+    neurons_table(state, CHEXPERT_LABELS, 0.2, found)
+    detection_table(found, CHEXPERT_LABELS)
+    summary("standard", state, CHEXPERT_LABELS, 0.2)
+
+
+def encode_alone(folder: str, images: int) -> float:
+    """Seconds that the encoder's product takes for some images, in blocks as the stage makes them: the floor."""
+    sae = load((RunDir(folder), "standard"))
+    x = np.random.default_rng(0).standard_normal((512, sae.d)).astype(np.float32)
+    sae.encode(x)
+    rounds = max(1, min(images, 8192) // len(x))
+    clock = time.perf_counter()
+    for _ in range(rounds):
+        sae.encode(x)
+    return (time.perf_counter() - clock) * images / (rounds * len(x))
+
+
+def on_workers(count: int, folder: str, labels: np.ndarray, config: Any) -> dict[str, Any]:
+    """Seconds and peak memory of the first pass and its figures on Ray tasks of one CPU and one BLAS thread each."""
     import ray
 
     from medsae.pipeline import measure
     from medsae.pipeline.measure_tasks import first_pass
 
-    out: dict[str, Any] = {"images": images, "dim": dim, "neurons": neurons}
-    with tempfile.TemporaryDirectory() as folder:
-        run = write_run(folder, images, dim, csv)
-        save(dictionary(dim, neurons), run, "sae/standard")
-        config = validate_config({"run": folder, "sae": [{"name": "standard", "dict_size": neurons}]})
-        for count in workers:
-            ray.init(num_cpus=count, include_dashboard=False, object_store_memory=2 * 2**30, log_to_driver=False)
-            plan, side = measure.prepare(config, run)
-            # Processes are started and imported before the clock: a stage starts them once for all its features.
-            warm = ray.remote(lambda: time.sleep(3) or __import__("medsae.sae"))
-            ray.get([warm.remote() for _ in range(count)])
-            clock = time.perf_counter()
-            state = first_pass(plan, ray.put(side), "standard", ray.put(None))
-            state.pooled().compute()
-            state.monosemanticity.compute()
-            seconds = time.perf_counter() - clock
-            peak = ray.remote(lambda: time.sleep(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
-            memory = max(ray.get([peak.remote() for _ in range(count)]))
-            ray.shutdown()
-            out[f"workers_{count}"] = {"seconds": round(seconds, 1), "worker_peak_gib": round(memory, 2), "l0": round(state.activity.l0, 1)}
-        if len(workers) > 1:
-            first, last = (out[f"workers_{w}"]["seconds"] for w in (workers[0], workers[-1]))
-            out["speed_up"] = round(first / last, 2)
+    ray.init(num_cpus=count, include_dashboard=False, object_store_memory=2 * 2**30, log_to_driver=False)
+    try:
+        plan, side = measure.prepare(config, RunDir(folder))
+        # Processes are started and imported before the clock: a stage starts them once for all its features.
+        warm = ray.remote(lambda: time.sleep(3) or __import__("medsae.sae"))
+        ray.get([warm.remote() for _ in range(count)])
+        alone = ray.remote(encode_alone)
+        floor = max(ray.get([alone.remote(folder, len(labels) // count) for _ in range(count)]))
+        clock = time.perf_counter()
+        state = first_pass(plan, ray.put(side), "standard", ray.put(None))
+        passed = time.perf_counter() - clock
+        finish(state, labels)
+        seconds = time.perf_counter() - clock
+        peak = ray.remote(lambda: time.sleep(1) or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+        memory = max(ray.get([peak.remote() for _ in range(count)]))
+    finally:
+        ray.shutdown()
+    return {
+        "seconds": round(seconds, 1),
+        "first_pass_s": round(passed, 1),
+        "encoder_alone_s": round(floor, 1),
+        "worker_peak_gib": round(memory, 2),
+        "l0": round(state.activity.l0, 1),
+    }
+
+
+def at_scale(images: int, dim: int, neurons: int, csv: str | None, workers: list[int]) -> dict[str, Any]:
+    """The first pass and its figures at full size on each number of workers, and at half the images and half the neurons on the most."""
+    out: dict[str, Any] = {"images": images, "dim": dim, "neurons": neurons, "labels": "CSV" if csv else "drawn"}
+    sizes = [(f"workers_{w}", images, neurons, w) for w in workers]
+    sizes += [("half_images", images // 2, neurons, workers[-1]), ("half_neurons", images, neurons // 2, workers[-1])]
+    for key, n, m, count in sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            run = write_run(folder, n, dim, csv)
+            save(dictionary(dim, m), run, "sae/standard")
+            config = validate_config({"run": folder, "sae": [{"name": "standard", "dict_size": m}]})
+            out[key] = on_workers(count, folder, labels_of(n, csv), config)
+    full = out[f"workers_{workers[-1]}"]["seconds"]
+    out["speed_up"] = round(out[f"workers_{workers[0]}"]["seconds"] / full, 2)
+    out["growth"] = {key: round(full / out[key]["seconds"], 2) for key in ("half_images", "half_neurons")}
     return out
 
 
@@ -177,7 +234,7 @@ def main() -> None:
     if args.part in ("scale", "all"):
         figures["scale"] = at_scale(args.images, args.dim, args.neurons, args.csv, args.workers)
         for key, value in figures["scale"].items():
-            print(f"{key:12} {value}")
+            print(f"{key:13} {value}", flush=True)
     if args.part in ("peers", "all"):
         figures["peers"] = peers(args.dim, args.neurons)
         print(f"{'what':16}{'images':>8}{'neurons':>8}{'one pass':>10}{'other way':>11}{'ratio':>9}  largest difference")

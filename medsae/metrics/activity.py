@@ -33,7 +33,8 @@ class Activity:
         other.low, other.high = columns.extremes()
         if columns.sparse.nnz:
             other.mean = np.asarray(columns.sparse.sum(0)).ravel() / columns.n
-            other.n_active = np.asarray((columns.sparse > 0).sum(0)).ravel().astype(np.int64)
+            positive = np.concatenate([[0], np.cumsum(columns.sparse.data > 0)])
+            other.n_active = np.diff(positive[columns.sparse.indptr])
         if len(columns.dense_index):
             index, block = columns.dense_index, columns.dense
             other.mean[index] = block.mean(0)

@@ -20,7 +20,7 @@ class MeasureConfig(Section):
     """Run directory whose embeddings (another encoder, the same images) judge similarity in the monosemanticity score. Without one the
     embeddings judge themselves, and the summary says so."""
     rows: int | None = Field(None, gt=0)
-    """Images encoded at once in a task; default: what makes 64 MB of activations."""
+    """Images encoded at once in a task; default: what makes 16 MB of activations."""
     baselines: list[Literal["rotation", "pca", "ica", "nmf", "untrained"]] = ["rotation", "pca", "untrained"]
     """Other dictionaries measured beside the SAE, each under the name `baseline-...`. `ica` and `nmf` take minutes at width 512."""
     bootstrap: int = Field(1000, ge=100)

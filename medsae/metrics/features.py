@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import numpy as np
+import scipy.sparse as sp
 
 
 class Features(Protocol):
@@ -16,7 +17,7 @@ class Features(Protocol):
         """Embeddings [n, d] to activations [n, m], numpy or torch."""
 
     def decode(self, z: Any) -> Any:
-        """Activations back to embeddings [n, d]; None where there is no way back."""
+        """Activations, numpy, torch or scipy.sparse, back to embeddings [n, d]; None where there is no way back."""
 
 
 class RawFeatures:
@@ -43,6 +44,9 @@ class SAEFeatures:
         return self.sae.encode(x)
 
     def decode(self, z: Any) -> Any:
+        if sp.issparse(z):
+            # L0 / m of the products that the matrix would take.
+            return z @ self.sae.W_dec.cpu().numpy() + self.sae.b_dec.cpu().numpy()
         return self.sae.decode(z)
 
 

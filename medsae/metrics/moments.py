@@ -14,6 +14,10 @@ import numpy as np
 from medsae.metrics.columns import Columns, as_columns
 
 EPS = float(np.finfo(np.float64).eps)
+UNSAFE = 1e-2
+"""A variance below this share of the mean square is computed again about its own mean."""
+BLOCK = 512
+"""Neurons whose co-moments are worked on at once, so that what is made on the way stays in the cache."""
 
 
 class Moments:
@@ -58,7 +62,9 @@ class Moments:
         delta = other.mean - self.mean + (other.origin - self.origin)
         delta_y = other.mean_y - self.mean_y
         self.co += other.co
-        self.co += (delta * both) * delta_y
+        for start in range(0, len(self.co), BLOCK):
+            rows = slice(start, start + BLOCK)
+            self.co[rows] += (delta[rows] * both) * delta_y
         self.m2 = self.m2 + other.m2 + delta**2 * both
         self.m2_y = self.m2_y + other.m2_y + delta_y**2 * both
         self.mean = self.mean + delta * (other.n / safe)
@@ -103,12 +109,13 @@ def _of_batch(columns: Columns, y: np.ndarray) -> Moments:
     out.n = mask.sum(0)
     safe = np.where(out.n > 0, out.n, 1.0)
     # Two passes in y: centred by the first value seen, so that a constant gives exactly zero.
-    first = np.array([y[given[:, t], t][0] if given[:, t].any() else 0.0 for t in range(y.shape[1])])
-    yc = np.where(given, y - first, 0.0)
+    known = y if complete else np.where(given, y, 0.0)
+    first = known[given.argmax(0), np.arange(y.shape[1])]
+    yc = known - first if complete else np.where(given, known - first, 0.0)
     shift = yc.sum(0) / safe
-    yc = np.where(given, yc - shift, 0.0)
+    yc -= shift if complete else np.where(given, shift, 0.0)
     out.mean_y, out.m2_y = first + shift, np.einsum("ij,ij->j", yc, yc)
-    out.scale_y = np.abs(np.where(given, y, 0.0)).max(0)
+    out.scale_y = np.maximum(known.max(0), -known.min(0))
     shape = (columns.m, len(out.n))
     out.mean, out.m2 = np.zeros(shape), np.zeros(shape)
     if columns.sparse.nnz:
@@ -120,7 +127,7 @@ def _of_batch(columns: Columns, y: np.ndarray) -> Moments:
         out.co = s @ yc
         out.scale = abs(s).max(axis=1).toarray()
         # Few of a label's images may all lie among the few active ones: then the subtraction above loses digits.
-        unsafe = np.flatnonzero(((out.m2 < 1e-4 * square) & (out.n > 1)).any(1))
+        unsafe = np.flatnonzero(((out.m2 < UNSAFE * square) & (out.n > 1)).any(1))
         if len(unsafe):
             _dense(out, unsafe, columns.sparse[:, unsafe].toarray(), mask, safe, yc, complete)
     if len(columns.dense_index):
@@ -144,3 +151,15 @@ def _dense(out: Moments, index: np.ndarray, block: np.ndarray, mask: np.ndarray,
         out.m2[index] = _chop(square - total**2 / safe, square)
     out.co[index] = centred.T @ yc
     out.scale[index, 0] = np.abs(block).max(0)
+    if complete:
+        return
+    # A neuron may hardly vary over the few images of a label: then its own mean over them has to go first.
+    for t in np.flatnonzero(((out.m2[index] < UNSAFE * square) & (out.n > 1)).any(0)):
+        few, given = np.flatnonzero(out.m2[index, t] < UNSAFE * square[:, t]), mask[:, t] > 0
+        own = centred[np.ix_(given, few)]
+        own = own - own[0]
+        shift = own.mean(0)
+        own -= shift
+        out.mean[index[few], t] = middle[few] + centred[given][0, few] + shift
+        out.m2[index[few], t] = np.einsum("ij,ij->j", own, own)
+        out.co[index[few], t] = own.T @ yc[given, t]

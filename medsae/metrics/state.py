@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from medsae.metrics.activity import Activity, Reconstruction
-from medsae.metrics.columns import as_columns
+from medsae.metrics.columns import Columns, as_rows
 from medsae.metrics.moments import Moments
 from medsae.metrics.monosemanticity import Monosemanticity
 from medsae.metrics.top import TopImages
@@ -48,23 +48,26 @@ class MeasureState:
         """Adds a batch.
 
         Args:
-            activations: [n, m], numpy, torch or `Columns`.
+            activations: [n, m], numpy, torch or scipy.sparse.
             targets: [n, T], NaN where missing.
             fold: the patient's half, 0 or 1 [n].
             keys: image keys, uint64 [n].
             reference: reference embeddings [n, D]; a row of NaN where the reference lacks the image.
             x, x_hat: embeddings [n, d] and their reconstruction; none for features that reconstruct nothing.
         """
-        columns = as_columns(activations)
-        self.activity.update(columns)
-        self.top.update(columns, keys)
+        activations = as_rows(activations)
         for half in range(FOLDS):
-            rows = fold == half
-            if rows.any():
-                self.moments[half].update(columns if rows.all() else columns.take(rows), targets[rows])
-        known = ~np.isnan(reference).any(1)
-        if known.any():
-            self.monosemanticity.update(columns if known.all() else columns.take(known), reference[known])
+            rows = np.flatnonzero(fold == half)
+            if not len(rows):
+                continue
+            columns = Columns(activations if len(rows) == len(fold) else activations[rows])
+            self.activity.update(columns)
+            self.top.update(columns, keys[rows])
+            self.moments[half].update(columns, targets[rows])
+            judged = reference[rows]
+            known = ~np.isnan(judged).any(1)
+            if known.any():
+                self.monosemanticity.update(columns if known.all() else Columns(activations[rows[known]]), judged[known])
         if x is not None and x_hat is not None:
             self.reconstruction.update(x, x_hat)
 

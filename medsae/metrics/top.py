@@ -38,11 +38,15 @@ class TopImages:
         if not self.active_only and len(columns.dense_index) < self.m:
             # A sparse column's zeros are values like any other here: the k lowest keys among them can still be in the top.
             rows, cols, values = (np.concatenate(p) for p in zip((rows, cols, values), self._zeros(columns, keys), strict=True))
-        keep = values > self._floor[cols] if self.active_only else values >= self._floor[cols]
+        self._add(cols, values, np.asarray(keys, np.uint64)[rows])
+
+    def _add(self, neuron: np.ndarray, value: np.ndarray, key: np.ndarray) -> None:
+        """Takes what can still be among the k; sorts once there is enough of it."""
+        keep = value >= self._floor[neuron]
         if self.active_only:
-            keep |= (values == self._floor[cols]) & (values > 0)
-        self._pending.append((cols[keep], values[keep], np.asarray(keys, np.uint64)[rows[keep]]))
-        self._pending_size += int(keep.sum())
+            keep &= value > 0
+        self._pending.append((neuron[keep], value[keep], key[keep]))
+        self._pending_size += len(self._pending[-1][0])
         if self._pending_size > max(2 * self.m * self.k, 1 << 18):
             self._compact()
 
@@ -72,9 +76,8 @@ class TopImages:
 
     def merge(self, other: TopImages) -> TopImages:
         """Adds another state's images to this one, in place; returns self."""
-        other_lists = [(other.neuron, other.value, other.key), *other._pending]
-        self._pending.extend(other_lists)
-        self._compact()
+        lists = [(other.neuron, other.value, other.key), *other._pending]
+        self._add(*(np.concatenate(parts) for parts in zip(*lists, strict=True)))
         return self
 
     def compute(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:

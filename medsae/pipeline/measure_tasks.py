@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
 import scipy.sparse as sp
 
 from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, read_part
 from medsae.config import RunConfig
 from medsae.errors import ArtifactError, MedSAEError
-from medsae.metrics.columns import Columns, as_array
+from medsae.metrics.columns import as_array, as_rows
 from medsae.metrics.detection import TOP_IMAGES
 from medsae.metrics.features import Features, RawFeatures, SAEFeatures
 from medsae.metrics.inference import NullState
@@ -29,7 +30,10 @@ from medsae.progress import progress
 PARTS_PER_TASK = 8
 ARITY = 4
 """Partials merged by one task of the tree."""
-BATCH_BYTES = 64 * 2**20
+BLOCK_BYTES = 16 * 2**20
+BATCH_ENTRIES = 1 << 22
+NULL_ROWS = 2048
+"""Images whose permuted labels are in memory at once."""
 SPARSE_SHARE = 0.03
 """Below this share of nonzeros the null is summed sparsely."""
 
@@ -67,6 +71,16 @@ class Null:
     mean: np.ndarray
     masked: bool
 
+    def add(self, state: NullState, z: Any, first: int, spread: np.ndarray) -> None:
+        """Adds activations [n, m] (numpy or CSR) of the images from row `first` on to a state; each neuron is divided by its `spread` [m]."""
+        permuted = self.labels[self.donors[:, first : first + z.shape[0]]].transpose(1, 0, 2).reshape(z.shape[0], -1)
+        given = ~np.isnan(permuted)
+        centred = np.where(given, permuted - self.mean, 0).astype(np.float32)
+        if sp.issparse(z) and z.nnz > SPARSE_SHARE * z.shape[0] * z.shape[1]:
+            z = z.toarray()
+        scaled = z.multiply(1 / spread).tocsr() if sp.issparse(z) else z / spread
+        state.update(scaled, centred, given.astype(np.float32) if self.masked else None)
+
 
 @dataclass(frozen=True)
 class Second:
@@ -88,67 +102,90 @@ def load_features(plan: Plan, name: str, given: Features | None) -> Features:
     return SAEFeatures(load((plan.run, name)))
 
 
-def batches(part: Embeddings, features: Features, rows: int | None) -> Iterator[tuple[slice, np.ndarray]]:
-    """Activations of a part in batches of about BATCH_BYTES."""
-    start, step = 0, rows or 256
-    while start < len(part):
-        z = as_array(features.encode(part.x[start : start + step]))
-        yield slice(start, start + step), z
-        start += step
-        step = rows or int(np.clip(BATCH_BYTES // (4 * z.shape[1]), 256, 16384))
+def read_group(plan: Plan, parts: list[str]) -> Embeddings | None:
+    """The images of some parts that are in the split, as one; None where there is none.
+
+    Raises:
+        ArtifactError: a part's embeddings are of another width.
+    """
+    found: list[Embeddings] = []
+    for path in parts:
+        part = read_part(plan.run, path, plan.labels, plan.split)
+        if len(part):
+            if part.x.shape[1] != plan.dim:
+                raise ArtifactError(f"{plan.run.path(path)} holds embeddings of width {part.x.shape[1]}, others {plan.dim}; extract again")
+            found.append(part)
+    if not found:
+        return None
+    meta = pa.concat_tables([p.meta for p in found])
+    return Embeddings(np.concatenate([p.x for p in found]), np.concatenate([p.labels for p in found]), plan.labels, meta)
+
+
+def batches(x: np.ndarray, features: Features, rows: int | None) -> Iterator[tuple[slice, Any]]:
+    """Activations of embeddings [n, d], batch by batch, as numpy arrays or CSR matrices.
+
+    They are made in blocks of about BLOCK_BYTES. Dense blocks are batches; sparse ones are compressed and collected up to BATCH_ENTRIES, for what is
+    done once a batch costs O(m (C + D)) however few images it has.
+    """
+    begin, stop, step = 0, 0, rows or 256
+    blocks: list[sp.csr_matrix] = []
+    while stop < len(x):
+        z = as_rows(features.encode(x[stop : stop + step]))
+        start, stop = stop, min(stop + step, len(x))
+        step = rows or int(np.clip(BLOCK_BYTES // (4 * z.shape[1]), 256, 16384))
+        if blocks and not sp.issparse(z):
+            yield slice(begin, start), sp.vstack(blocks, format="csr")
+            blocks = []
+        if not sp.issparse(z):
+            yield slice(start, stop), z
+            begin = stop
+            continue
+        blocks.append(z)
+        if stop == len(x) or sum(b.nnz for b in blocks) > BATCH_ENTRIES:
+            yield slice(begin, stop), sp.vstack(blocks, format="csr")
+            blocks, begin = [], stop
 
 
 def fold_parts(plan: Plan, side: Side, name: str, given: Features | None, parts: list[str]) -> MeasureState | None:
-    """The state of some parts, one after the other; None where they hold no image of the split."""
+    """The state of some parts; None where they hold no image of the split."""
     features = load_features(plan, name, given)
+    group = read_group(plan, parts)
+    if group is None:
+        return None
     state: MeasureState | None = None
-    data = plan.config.data
-    for path in parts:
-        part = read_part(plan.run, path, plan.labels, plan.split)
-        if not len(part):
-            continue
-        if part.x.shape[1] != plan.dim:
-            raise ArtifactError(f"{plan.run.path(path)} holds embeddings of width {part.x.shape[1]}, others {plan.dim}; extract again")
-        keys = image_keys(part.column("image_id"))
-        targets = target_values(part, data.uncertain, data.blank, side.truth)
-        fold = patient_fold(part.column("patient_id"), plan.config.seed)
-        for rows, z in batches(part, features, plan.config.measure.rows):
-            if state is None:
-                top = plan.config.measure.exemplars if features.signed else max(plan.config.measure.exemplars, TOP_IMAGES)
-                state = MeasureState(z.shape[1], plan.target_count, plan.dim, plan.reference_dim, top, features.signed)
-            x_hat = features.decode(z)
-            reference = part.x[rows] if side.reference is None else side.reference.take(keys[rows])
-            x = None if x_hat is None else part.x[rows]
-            state.update(Columns(z), targets[rows], fold[rows], keys[rows], reference, x, None if x_hat is None else as_array(x_hat))
+    settings, data = plan.config.measure, plan.config.data
+    keys = image_keys(group.column("image_id"))
+    targets = target_values(group, data.uncertain, data.blank, side.truth)
+    fold = patient_fold(group.column("patient_id"), plan.config.seed)
+    for rows, z in batches(group.x, features, settings.rows):
+        if state is None:
+            top = settings.exemplars if features.signed else max(settings.exemplars, TOP_IMAGES)
+            state = MeasureState(z.shape[1], plan.target_count, plan.dim, plan.reference_dim, top, features.signed)
+        x = group.x[rows]
+        x_hat = features.decode(z)
+        reference = x if side.reference is None else side.reference.take(keys[rows])
+        state.update(z, targets[rows], fold[rows], keys[rows], reference, None if x_hat is None else x, None if x_hat is None else as_array(x_hat))
     return state
 
 
 def second_look(
     plan: Plan, name: str, given: Features | None, second: Second, null: Null | None, parts: list[str]
 ) -> tuple[list[tuple[int, np.ndarray]], NullState | None]:
-    """Activations of the chosen neurons, as (offset of the part, float32 [n, k]), and the null's sums."""
+    """Activations of the chosen neurons, as (row of the first image, float32 [n, k]), and the null's sums."""
     features = load_features(plan, name, given)
-    values: list[tuple[int, np.ndarray]] = []
-    state: NullState | None = None
-    for path in parts:
-        part = read_part(plan.run, path, plan.labels, plan.split)
-        if not len(part):
-            continue
-        offset, chosen = second.offsets[path], []
-        for rows, z in batches(part, features, plan.config.measure.rows):
-            chosen.append(z[:, second.neurons].astype(np.float32))
-            if null is None:
-                continue
-            if state is None:
-                state = NullState(z.shape[1], len(plan.labels), len(null.donors), null.masked)
-            images = slice(offset + rows.start, min(offset + rows.stop, offset + len(part)))
-            permuted = null.labels[null.donors[:, images]].transpose(1, 0, 2).reshape(len(z), -1)
-            given_labels = ~np.isnan(permuted)
-            centred = np.where(given_labels, permuted - null.mean, 0).astype(np.float32)
-            scaled = z / second.spread if np.count_nonzero(z) > SPARSE_SHARE * z.size else sp.csr_matrix(z).multiply(1 / second.spread).tocsr()
-            state.update(scaled, centred, given_labels.astype(np.float32) if null.masked else None)
-        values.append((offset, np.concatenate(chosen)))
-    return values, state
+    group = read_group(plan, parts)
+    if group is None:
+        return [], None
+    offset = min(second.offsets[p] for p in parts if p in second.offsets)
+    chosen: list[np.ndarray] = []
+    state = None if null is None else NullState(len(second.spread), len(plan.labels), len(null.donors), null.masked)
+    for rows, z in batches(group.x, features, plan.config.measure.rows):
+        few = z[:, second.neurons]
+        chosen.append((few.toarray() if sp.issparse(few) else few).astype(np.float32))
+        if null is not None and state is not None:
+            for start in range(0, z.shape[0], NULL_ROWS):
+                null.add(state, z[start : start + NULL_ROWS], offset + rows.start + start, second.spread)
+    return [(offset, np.concatenate(chosen))], state
 
 
 def merge_looks(*looks: tuple[list[tuple[int, np.ndarray]], NullState | None]) -> tuple[list[tuple[int, np.ndarray]], NullState | None]:
