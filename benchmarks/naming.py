@@ -10,7 +10,8 @@ All rows answer the same prompts (the naming prompt, N images each) under the sa
 * serve-one: the service, one request at a time.
 * transformers-4: `generate` of transformers on the same model, batches of 4, as many new tokens as the engine's answers have on average (the paper's way).
 
-The first row of a pair warms up on other images. `cached` is the share of prompt tokens that the engine found in its prefix cache.
+The first row of a pair warms up on other images. `cached` is the share of prompt tokens that the engine found in its prefix cache. `CPU seconds` says which
+processes worked while a row was timed: on a machine where client, proxy, ingress and engine share the cores, that is where the difference goes.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
+import psutil
 from PIL import Image
 
 from medsae.naming.client import ChatClient
 from medsae.naming.images import data_url
 from medsae.naming.prompts import NAME_ANSWER, load_prompt
+from tests.support.ports import free_port
 from tests.support.tiny_gemma3 import ENVIRONMENT, write_tiny_gemma3
 
 
@@ -63,6 +66,40 @@ def row(seconds: float, requests: int, prompt: int, completion: int, cached: int
     }
 
 
+KINDS = {
+    "EngineCore": "engine",
+    "VLLM": "engine",
+    "LLMServer": "replica of the engine",
+    "NamingIngress": "ingress",
+    "Proxy": "proxy",
+    "haproxy": "proxy",
+    "raylet": "Ray",
+    "gcs_server": "Ray",
+    "ray::": "Ray",
+    "ServeController": "Ray",
+}
+"""What a process is, by the first of these that its title holds; the rest is the caller (and, offline, the engine's front)."""
+
+
+def cpu_seconds() -> dict[str, float]:
+    """CPU seconds so far, user and system, of this process and its descendants, by what they are."""
+    found: dict[str, float] = {}
+    here = psutil.Process()
+    for process in [here, *here.children(recursive=True)]:
+        try:
+            title, times = " ".join(process.cmdline()[:2]), process.cpu_times()
+        except psutil.Error:
+            continue
+        kind = "caller" if process.pid == here.pid else next((v for k, v in KINDS.items() if k in title), "Ray")
+        found[kind] = found.get(kind, 0.0) + times.user + times.system
+    return found
+
+
+def spent(before: dict[str, float]) -> dict[str, float]:
+    """CPU seconds since `before`, where they are worth telling."""
+    return {kind: round(now - before.get(kind, 0.0), 1) for kind, now in cpu_seconds().items() if now - before.get(kind, 0.0) >= 0.1}
+
+
 def offline(settings: dict[str, Any]) -> dict[str, Any]:
     """vLLM's LLM class on the whole batch; in a process of its own."""
     from vllm import LLM, SamplingParams
@@ -74,13 +111,13 @@ def offline(settings: dict[str, Any]) -> dict[str, Any]:
     )
     engine.chat(prompts(8, settings["images"], settings["size"], 32, 999), sampling, use_tqdm=False)
     questions = prompts(settings["requests"], settings["images"], settings["size"], settings["pool"], 0)
-    started = time.perf_counter()
+    before, started = cpu_seconds(), time.perf_counter()
     outputs = engine.chat(questions, sampling, use_tqdm=False)
-    seconds = time.perf_counter() - started
+    seconds, cpu = time.perf_counter() - started, spent(before)
     prompt = sum(len(o.prompt_token_ids) for o in outputs)
     completion = sum(len(o.outputs[0].token_ids) for o in outputs)
     cached = sum(o.num_cached_tokens or 0 for o in outputs)
-    return row(seconds, len(outputs), prompt, completion, cached, sum(o.outputs[0].finish_reason == "length" for o in outputs))
+    return row(seconds, len(outputs), prompt, completion, cached, sum(o.outputs[0].finish_reason == "length" for o in outputs)) | {"cpu": cpu}
 
 
 async def through(url: str, settings: dict[str, Any], seed: int, count: int, concurrency: int) -> dict[str, Any]:
@@ -91,13 +128,13 @@ async def through(url: str, settings: dict[str, Any], seed: int, count: int, con
         )
         warm = (client.usage.prompt_tokens, client.usage.completion_tokens, client.usage.cached_tokens, client.usage.failed)
         questions = prompts(count, settings["images"], settings["size"], settings["pool"], seed)
-        started = time.perf_counter()
+        before, started = cpu_seconds(), time.perf_counter()
         await asyncio.gather(*(client.ask(m, schema=NAME_ANSWER, max_tokens=settings["max_tokens"]) for m in questions))
-        seconds = time.perf_counter() - started
+        seconds, cpu = time.perf_counter() - started, spent(before)
         usage = client.usage
         now = (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens, usage.failed)
     prompt, completion, cached, failed = (b - a for a, b in zip(warm, now, strict=True))
-    return row(seconds, count, prompt, completion, cached, failed)
+    return row(seconds, count, prompt, completion, cached, failed) | {"cpu": cpu}
 
 
 def served(settings: dict[str, Any]) -> dict[str, Any]:
@@ -109,7 +146,7 @@ def served(settings: dict[str, Any]) -> dict[str, Any]:
     logging.disable(logging.INFO)
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=400 * 2**20, log_to_driver=False)
     args = {"model": settings["model"], "images": settings["images"], "engine": settings["engine"], "environment": settings["environment"]}
-    with naming_service(args, port=8141) as url:
+    with naming_service(args, port=free_port()) as url:
         many = asyncio.run(through(url, settings, 0, settings["requests"], 2 * settings["engine"]["max_num_seqs"]))
         one = asyncio.run(through(url, settings, 1, max(8, settings["requests"] // 8), 1))
     ray.shutdown()
@@ -124,14 +161,15 @@ def paper_way(settings: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoConfig, AutoProcessor, Gemma3ForConditionalGeneration
 
+    dtype = getattr(torch, settings["engine"]["dtype"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
     processor = AutoProcessor.from_pretrained(settings["model"])
     processor.tokenizer.padding_side = "left"
     torch.manual_seed(0)
     if settings["engine"].get("load_format") == "dummy":
-        model = Gemma3ForConditionalGeneration(AutoConfig.from_pretrained(settings["model"])).to(device, torch.bfloat16).eval()
+        model = Gemma3ForConditionalGeneration(AutoConfig.from_pretrained(settings["model"])).to(device, dtype).eval()
     else:
-        model = Gemma3ForConditionalGeneration.from_pretrained(settings["model"], dtype=torch.bfloat16).to(device).eval()
+        model = Gemma3ForConditionalGeneration.from_pretrained(settings["model"], dtype=dtype).to(device).eval()
     count = max(8, settings["requests"] // 8)
     questions = prompts(count, settings["images"], settings["size"], settings["pool"], 0)
     tokens = settings["answer_tokens"]
@@ -144,15 +182,15 @@ def paper_way(settings: dict[str, Any]) -> dict[str, Any]:
             urls = [p["image_url"]["url"] for p in messages[0]["content"] if p["type"] == "image_url"]
             pictures.append([Image.open(io.BytesIO(base64.b64decode(u.split(",")[1]))).convert("RGB") for u in urls])
         inputs = processor(text=texts, images=pictures, return_tensors="pt", padding=True).to(device)
-        inputs["pixel_values"] = inputs["pixel_values"].to(torch.bfloat16)
+        inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         with torch.inference_mode():
             model.generate(**inputs, do_sample=False, max_new_tokens=tokens, min_new_tokens=tokens)
         return int(inputs["input_ids"].numel())
 
     generate(questions[:4])
-    started = time.perf_counter()
+    before, started = cpu_seconds(), time.perf_counter()
     prompt = sum(generate(questions[i : i + 4]) for i in range(0, count, 4))
-    return row(time.perf_counter() - started, count, prompt, count * tokens, 0, 0)
+    return row(time.perf_counter() - started, count, prompt, count * tokens, 0, 0) | {"cpu": spent(before)}
 
 
 ROWS = {"offline": offline, "served": served, "paper": paper_way}
@@ -182,6 +220,9 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--max-tokens", type=int, default=600)
     parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument(
+        "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="float32 is the fastest on CPUs without bfloat16"
+    )
     parser.add_argument("--max-model-len", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -196,7 +237,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or str(write_tiny_gemma3(Path(folder) / "gemma", arguments.size, arguments.hidden, arguments.layers))
         engine = {
-            "dtype": "bfloat16",
+            "dtype": arguments.dtype,
             "max_model_len": arguments.max_model_len,
             "max_num_seqs": arguments.max_num_seqs,
             "enforce_eager": True,
@@ -223,6 +264,8 @@ def main() -> None:
     for name, values in rows.items():
         print(f"{name:16}" + "".join(f"{values[k]:>15}" for k in keys))
     ratios = {n: round(rows["serve"]["requests/s"] / rows[n]["requests/s"], 2) for n in rows if "serve" in rows and n != "serve"}
+    for name, values in rows.items():
+        print(f"CPU seconds, {name}: " + ", ".join(f"{kind} {value}" for kind, value in sorted(values["cpu"].items(), key=lambda item: -item[1])))
     for name, ratio in ratios.items():
         print(f"serve / {name}: {ratio}")
     if arguments.json:

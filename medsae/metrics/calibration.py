@@ -21,13 +21,18 @@ DETECTED = 0.8
 SPLIT_SHARE = 0.5
 """A neuron carries a share of a finding when it correlates with it more than with any other and at least this share of the best neuron's |r|."""
 SIDES = ("_left", "_right")
+TEXT_COLUMNS = {"female": ("sex", "Female"), "ap": ("projection", "AP"), "lateral": ("view", "lateral")}
+"""Columns that are made of a text column: 1 where it says so, else 0."""
+GROUPS = {"lines": ("central_line", "endotracheal_tube", "ecg_leads")}
+"""Columns that are made of several: the highest of them."""
 
 
 def read_truth(data: bytes, findings: Iterable[str]) -> KeyedRows | None:
     """`truth.csv` of a phantom folder: `Path` and numbers, found by image key; None where it holds no severity of the `findings`.
 
     Columns that are not numbers are left out. A path may begin with the folder's own name, which image ids do not contain: both readings are keys.
-    A finding with a column a side (`effusion_left`, `effusion_right`) gets one more column, `effusion`: the worse of both.
+    A finding with a column a side (`effusion_left`, `effusion_right`) gets one more column, `effusion`: the worse of both. `TEXT_COLUMNS` and `GROUPS`
+    follow where the file has what they are made of.
     """
     rows = list(csv.reader(io.StringIO(data.decode())))
     header, body = rows[0], rows[1:]
@@ -47,13 +52,21 @@ def read_truth(data: bytes, findings: Iterable[str]) -> KeyedRows | None:
         if stem + SIDES[1] in names:
             columns.append(np.maximum(columns[names.index(stem + SIDES[0])], columns[names.index(stem + SIDES[1])]))
             names.append(stem)
+    for name, (text, value) in TEXT_COLUMNS.items():
+        if text in header:
+            columns.append(np.array([float(r[header.index(text)] == value) for r in body]))
+            names.append(name)
+    for name, members in GROUPS.items():
+        if set(members) <= set(names):
+            columns.append(np.max([columns[names.index(m)] for m in members], axis=0))
+            names.append(name)
     order = np.argsort(keys)
     return KeyedRows(names, keys[order], np.repeat(np.column_stack(columns), 2, axis=0)[order])
 
 
 @dataclass(frozen=True)
 class TruthColumns:
-    """Indices into the truth's columns: whole findings, one side of them, and all else (nuisances)."""
+    """Indices into the truth's columns: whole findings, parts (one side of them) and groups, and all else (nuisances)."""
 
     findings: list[int]
     sides: list[int]
@@ -66,7 +79,8 @@ class TruthColumns:
         sided = [i for i, n in enumerate(names) if n in planted and n.endswith(SIDES)]
         stems = {names[i].removesuffix(SIDES[0]).removesuffix(SIDES[1]) for i in sided}
         whole = [i for i, n in enumerate(names) if (n in planted and i not in sided) or n in stems]
-        return cls(whole, sided, [i for i in range(len(names)) if i not in whole and i not in sided])
+        parts = sided + [i for i, n in enumerate(names) if n in GROUPS]
+        return cls(whole, parts, [i for i in range(len(names)) if i not in whole and i not in parts])
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,12 @@ def calibration(
 
     def row(k: int, finding: bool) -> dict[str, Any]:
         present = truth[:, k] > 0
-        out: dict[str, Any] = {"name": names[k], "neurons": chosen.neurons[:, k].tolist()}
+        out: dict[str, Any] = {"name": names[k], "neurons": chosen.neurons[:, k].tolist(), "signs": np.sign(chosen.sign[:, k]).astype(int).tolist()}
         defined = np.isfinite(calibrated.r[k])
         out["r"] = Interval.of(calibrated.r[k], calibrated.draws[:, k]).as_dict() if defined else None
-        if not finding:
-            return out
-        out |= {"positive": int(present.sum()), "auroc": float(calibrated.auroc[k])}
+        out["auroc"] = float(calibrated.auroc[k])
+        if finding:
+            out["positive"] = int(present.sum())
         if k not in rivals:
             return out
         stronger = set()

@@ -179,7 +179,7 @@ class FeatureAPI:
         from medsae.encoders import load_preprocess
 
         self.config, self.measured, self.model = config, measured, model
-        self.key = api_key(config.api_key_env)
+        api_key(config.api_key_env)  # says at once that it is not set
         self.preprocess = load_preprocess(encoder["name"])
         self.about = {"encoder": {k: encoder.get(k) for k in ("name", "trained", "notice")}, "sae": measured.name}
         # A decoded image may hold `max_pixels` bytes: few at a time.
@@ -191,7 +191,11 @@ class FeatureAPI:
         MultiPartParser.spool_max_size = int(self.config.max_body_mb * 2**20) + 1
         app = FastAPI(title="MedSAE features", description="An uploaded radiograph to the active neurons of a sparse autoencoder.")
         app.add_middleware(
-            Guard, key=self.key, max_body=int(self.config.max_body_mb * 2**20), max_in_work=self.config.max_in_work, retry_after=RETRY_AFTER
+            Guard,
+            key_env=self.config.api_key_env,
+            max_body=int(self.config.max_body_mb * 2**20),
+            max_in_work=self.config.max_in_work,
+            retry_after=RETRY_AFTER,
         )
         _add_errors(app)
         _add_features(app, self)

@@ -36,7 +36,8 @@ class Guard:
 
     Args:
         app: what is guarded.
-        key: that requests must bear, as `Authorization: Bearer KEY` or `X-API-Key: KEY`; None asks for none.
+        key_env: environment variable of the key that requests must bear, as `Authorization: Bearer KEY` or `X-API-Key: KEY`; None asks for none. Read
+            where the guard runs, so that the key is no part of what Serve stores of an application.
         max_body: bytes of a request's body.
         max_in_work: POST requests in work; one more is answered 429.
         retry_after: seconds that a caller is told to wait.
@@ -46,13 +47,13 @@ class Guard:
     def __init__(
         self,
         app: ASGIApp,
-        key: str | None,
+        key_env: str | None,
         max_body: int,
         max_in_work: int,
         retry_after: int = 2,
         open_paths: Collection[str] = ("/healthz", "/readyz"),
     ) -> None:
-        self.app, self.key, self.max_body, self.max_in_work = app, key, max_body, max_in_work
+        self.app, self.key, self.max_body, self.max_in_work = app, api_key(key_env), max_body, max_in_work
         self.retry_after, self.open_paths = retry_after, frozenset(open_paths)
         self.in_work = 0
 

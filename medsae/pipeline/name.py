@@ -22,6 +22,7 @@ from medsae.naming.config import NameConfig
 from medsae.naming.exemplars import choose
 from medsae.naming.images import ImageStore
 from medsae.naming.namers import ChatNamer, LabelNamer, Name, Namer, Subject, names_table
+from medsae.naming.planted import planted_names
 from medsae.naming.prompts import NAME_ANSWER, load_prompt
 from medsae.naming.uniqueness import group_names
 from medsae.pipeline.activations import read_activations, read_images
@@ -58,10 +59,20 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
             usage.update(spent)
             statuses.update(n.status for n in names)
             outputs[f"names/{target}.parquet"] = run.write_table(f"names/{target}.parquet", names_table(names))
-            outputs[f"names/{target}.json"] = run.write_json(f"names/{target}.json", group_names([(n.neuron, n.concept) for n in names if n.ok]))
+            outputs[f"names/{target}.json"] = run.write_json(f"names/{target}.json", name_figures(run, target, names))
     counts = {"neurons": sum(statuses.values()), "named": statuses["ok"], **usage}
     counts["without_name"] = {status: n for status, n in sorted(statuses.items()) if status != "ok"}
     return StageResult(counts=counts, outputs=outputs)
+
+
+def name_figures(run: RunDir, target: str, names: list[Name]) -> dict[str, Any]:
+    """What `names/NAME.json` holds: how names are shared and, on phantoms, whether what was planted is called by its name."""
+    named = [(n.neuron, n.concept) for n in names if n.ok]
+    figures = group_names(named)
+    path = f"measure/{target}/calibration.json"
+    if run.exists(path):
+        figures["planted"] = planted_names(run.read_json(path), dict(named))
+    return figures
 
 
 def select(run: RunDir, target: str, config: NameConfig) -> list[Row]:

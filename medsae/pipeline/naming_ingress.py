@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import json
 import math
 from collections.abc import AsyncIterator
@@ -20,7 +19,6 @@ from ray.serve.llm import build_llm_deployment
 from ray.serve.llm.ingress import OpenAiIngress, make_fastapi_ingress
 from ray.serve.llm.openai_api_models import ChatCompletionRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medsae.errors import MedSAEError
 from medsae.naming.client import ChatClient, Reply, status_of
@@ -29,10 +27,12 @@ from medsae.naming.judges import ChatJudge
 from medsae.naming.namers import ChatNamer, Exemplar, Subject
 from medsae.naming.prompts import NAME_ANSWER, load_prompt
 from medsae.naming.scoring import evaluate
-from medsae.pipeline.guard import api_key, read_body, replay
+from medsae.pipeline.guard import Guard, api_key
+from medsae.pipeline.guard import error as refusal
 from medsae.pipeline.naming_service import ServiceConfig
 
-RETRY_AFTER = "2"
+RETRY_AFTER = 2
+"""Seconds that a caller is told to wait when the queue is full."""
 
 
 class NeuronRequest(BaseModel):
@@ -68,72 +68,26 @@ class ScoreRequest(BaseModel):
     active: list[bool] | None = None
 
 
-class Guard:
-    """ASGI middleware: API key, body size, requests in work. Answers before the body is read where it can.
-
-    Args:
-        app: what is guarded.
-        key_env: environment variable of the key that requests must bear; None asks for none. Read where the ingress runs, so the key is never part of
-            what Serve stores of an application.
-        max_body: bytes.
-        max_queued: requests in work.
-    """
-
-    def __init__(self, app: ASGIApp, key_env: str | None, max_body: int, max_queued: int) -> None:
-        self.app, self.key, self.max_body, self.max_queued = app, api_key(key_env), max_body, max_queued
-        self.in_work = 0
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or scope["method"] == "OPTIONS":
-            await self.app(scope, receive, send)
-            return
-        headers = dict(scope["headers"])
-        if self.key is not None and not _bears(headers, self.key):
-            await _error(401, "missing or wrong API key: send Authorization: Bearer KEY", {"WWW-Authenticate": "Bearer"})(scope, receive, send)
-            return
-        length = headers.get(b"content-length", b"")
-        if length.isdigit() and int(length) > self.max_body:
-            await _error(413, f"the body is larger than {self.max_body} bytes: send fewer or smaller images")(scope, receive, send)
-            return
-        if scope["method"] != "POST":
-            await self.app(scope, receive, send)
-            return
-        if self.in_work >= self.max_queued:
-            await _error(429, "the queue is full", {"Retry-After": RETRY_AFTER})(scope, receive, send)
-            return
-        self.in_work += 1
-        try:
-            body = await read_body(receive, self.max_body)
-            if body is None:
-                await _error(413, f"the body is larger than {self.max_body} bytes: send fewer or smaller images")(scope, receive, send)
-                return
-            await self.app(scope, replay(body, receive), send)
-        finally:
-            self.in_work -= 1
-
-
-def _bears(headers: dict[bytes, bytes], key: str) -> bool:
-    scheme, _, told = headers.get(b"authorization", b"").partition(b" ")
-    return scheme.lower() == b"bearer" and hmac.compare_digest(told.strip(), key.encode())
-
-
-def _error(code: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "code": code}}, code, headers)
-
-
 def guarded_app(config: ServiceConfig) -> FastAPI:
     """The FastAPI application that the ingress is made with. No answer repeats what a request held: it may be an image of a patient."""
     app = FastAPI(title="MedSAE naming")
-    app.add_middleware(Guard, key_env=config.api_key_env, max_body=int(config.max_body_mb * 2**20), max_queued=config.max_queued)
+    app.add_middleware(
+        Guard,
+        key_env=config.api_key_env,
+        max_body=int(config.max_body_mb * 2**20),
+        max_in_work=config.max_queued,
+        retry_after=RETRY_AFTER,
+        open_paths=(),
+    )
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return _error(422, f"{'.'.join(str(p) for p in first['loc'])}: {first['msg']}")
+        return refusal(422, f"{'.'.join(str(p) for p in first['loc'])}: {first['msg']}")
 
     @app.exception_handler(Exception)
     async def failed(request: Request, error: Exception) -> JSONResponse:
-        return _error(code_of(error), f"the engine did not answer ({type(error).__name__})")
+        return refusal(code_of(error), f"the engine did not answer ({type(error).__name__})")
 
     return app
 
@@ -187,7 +141,7 @@ class NamingIngress(OpenAiIngress):
             body = ChatCompletionRequest.model_validate(await request.json())
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             what = f"{error.error_count()} invalid fields" if isinstance(error, ValidationError) else "not a chat completion request"
-            return _error(422, what)
+            return refusal(422, what)
         return await self.chat(body, request)
 
     async def chat(self, body: ChatCompletionRequest, request: Request) -> Response:
@@ -195,23 +149,23 @@ class NamingIngress(OpenAiIngress):
         try:
             response: Response = await super().chat(body, request)
         except Exception as error:
-            return _error(code_of(error), reason_of(error))
+            return refusal(code_of(error), reason_of(error))
         return response
 
     async def names(self, body: NamesRequest, request: Request) -> Response:
         """Names neurons; a JSON line each as it comes, then a line with the totals."""
         if len(body.neurons) > self.service.max_neurons:
-            return _error(422, f"{len(body.neurons)} neurons: at most {self.service.max_neurons} a request")
+            return refusal(422, f"{len(body.neurons)} neurons: at most {self.service.max_neurons} a request")
         for index, neuron in enumerate(body.neurons):
             count = len(neuron.images) + len(neuron.exemplars)
             if not 0 < count <= self.service.images:
-                return _error(422, f"neurons.{index}: {count} images: between 1 and {self.service.images} a neuron")
+                return refusal(422, f"neurons.{index}: {count} images: between 1 and {self.service.images} a neuron")
             if neuron.captions is not None and len(neuron.captions) != count:
-                return _error(422, f"neurons.{index}: {len(neuron.captions)} captions for {count} images")
+                return refusal(422, f"neurons.{index}: {len(neuron.captions)} captions for {count} images")
         try:
             prompt = load_prompt(body.prompt, NAME_ANSWER)
         except MedSAEError as error:
-            return _error(422, str(error))
+            return refusal(422, str(error))
         images = RequestImages(self.service.image_size, self.store)
         asker = Inside(self, request, self.service.model_id)
         namer = ChatNamer(lambda: asker, prompt, images, self.service.model_id, body.max_tokens)
@@ -221,9 +175,9 @@ class NamingIngress(OpenAiIngress):
         """Judges a name on images, one a request to the engine: a probability each, and the figures where `active` is given."""
         paths = [*body.images, *body.exemplars]
         if not 0 < len(paths) <= self.service.max_neurons:
-            return _error(422, f"{len(paths)} images: between 1 and {self.service.max_neurons} a request")
+            return refusal(422, f"{len(paths)} images: between 1 and {self.service.max_neurons} a request")
         if body.active is not None and len(body.active) != len(paths):
-            return _error(422, f"active has {len(body.active)} values for {len(paths)} images")
+            return refusal(422, f"active has {len(body.active)} values for {len(paths)} images")
         asker = Inside(self, request, self.service.model_id)
         rows = np.arange(len(paths))
         images = RequestImages(self.service.image_size, self.store)

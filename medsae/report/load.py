@@ -140,14 +140,16 @@ METHODS = ("detection", "embedding", "paper", "labels")
 
 
 def _read_scores(run: RunDir, name: str) -> dict[int, dict[str, Any]]:
-    """Per neuron the row of its own name by the first of `METHODS` that scored any, with the shuffled name's figure as `shuffled`."""
+    """Per neuron the row of its own name by the first of `METHODS` that scored any, with its `figure` (the AUC of `embedding`, whose threshold is only a
+    median, else the balanced accuracy) and the same of the controls, as `controls`."""
     table = _optional_table(run, f"scores/{name}.parquet")
     rows = table.to_pylist() if table is not None else []
     method = next((m for m in METHODS if any(row["method"] == m for row in rows)), None)
-    mine = {row["neuron"]: dict(row) for row in rows if row["method"] == method and row["control"] == "none"}
+    figure = "auc" if method == "embedding" else "balanced_accuracy"
+    mine = {r["neuron"]: {**r, "figure": r[figure], "controls": {}} for r in rows if r["method"] == method and r["control"] == "none"}
     for row in rows:
-        if row["method"] == method and row["control"] == "shuffled" and row["neuron"] in mine:
-            mine[row["neuron"]]["shuffled"] = row["balanced_accuracy"]
+        if row["method"] == method and row["control"] != "none" and row["neuron"] in mine:
+            mine[row["neuron"]]["controls"][row["control"]] = row[figure]
     return mine
 
 

@@ -18,6 +18,7 @@ from medsae.report.config import ReportConfig
 from medsae.report.findings import calibration_rows, headline, probing_table, score_rows
 from medsae.report.format import count, median, num, percent, signed
 from medsae.report.load import Measured, ReportData, read_report_data
+from medsae.report.names import extremes, name_scores, shared_names
 from medsae.report.thumbnails import Thumbnails
 
 HEAT_MAP_NEURONS = 40
@@ -83,6 +84,9 @@ class _Page:
             "frontier": self.frontier(),
             "training": self.training(),
             "scored": [row for m in data.all for row in score_rows(m)],
+            "score_distribution": self.score_distribution(),
+            "extremes": {m.name: extremes(m) for m in data.saes},
+            "shared_names": {m.name: told for m in data.saes if (told := shared_names(m))},
             "cards": cards,
             "unreadable": len(self.thumbnails.failures),
             "unreadable_reasons": sorted(set(self.thumbnails.failures.values())),
@@ -188,6 +192,17 @@ class _Page:
             svg = self.figure(f"distribution-{key}", figures.histogram(of, values, xlabel, log), alt)
             found.append({"title": title, "svg": svg, "medians": list(zip(of, medians, strict=True))})
         return found
+
+    def score_distribution(self) -> dict[str, Any] | None:
+        """Scores of names, SAE beside raw; None where no name was scored."""
+        sets = [m for m in self.data.all if m.scores]
+        if not sets:
+            return None
+        method = next(iter(sets[0].scores.values()))["method"]
+        medians = [f"{m.title} {num(median(name_scores(m)), 3)} ({len(m.scores)} names)" for m in sets]
+        alt = f"Scores of names by {method}: share of neurons. Medians: {', '.join(medians)}."
+        figure = figures.histogram(sets, name_scores, "AUC of the name" if method == "embedding" else "balanced accuracy of the name")
+        return {"svg": self.figure("distribution-name-scores", figure, alt), "medians": list(zip(sets, medians, strict=True)), "method": method}
 
     def comparison(self) -> dict[str, Any] | None:
         """The split-selected differences of `measure/headline.json`; None where the run has none."""

@@ -1,4 +1,4 @@
-"""Key, body size and queue of the naming ingress, without an engine."""
+"""What stands before both services: key, body size and queue. And the arguments of the naming service, without an engine."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from starlette.routing import Route
 from starlette.testclient import TestClient
 
 from medsae.errors import ConfigError
+from medsae.pipeline.guard import Guard, api_key
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (extras gpu or cpu)")
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (extras gpu or cpu)")
 
 
 async def echo(request: Request) -> JSONResponse:
@@ -23,10 +24,8 @@ async def echo(request: Request) -> JSONResponse:
 
 
 def client(**options: object) -> TestClient:
-    from medsae.pipeline.naming_ingress import Guard
-
     app = Starlette(routes=[Route("/", echo, methods=["GET", "POST"])])
-    app.add_middleware(Guard, **{"key_env": None, "max_body": 100, "max_queued": 4, **options})
+    app.add_middleware(Guard, **{"key_env": None, "max_body": 100, "max_in_work": 4, **options})
     return TestClient(app)
 
 
@@ -36,12 +35,15 @@ def test_the_key_is_asked_for_everywhere(monkeypatch: pytest.MonkeyPatch) -> Non
     assert http.get("/").status_code == 401
     assert http.post("/", content=b"x", headers={"Authorization": "Bearer wrong"}).status_code == 401
     assert http.post("/", content=b"x", headers={"Authorization": "Basic right"}).status_code == 401
-    assert http.post("/", content=b"x", headers={"Authorization": "Bearer right"}).json() == {"size": 1}
+    assert http.options("/").status_code == 401
+    for headers in ({"Authorization": "Bearer right"}, {"X-API-Key": "right"}):
+        assert http.post("/", content=b"x", headers=headers).json() == {"size": 1}
+    # Health checks alone need none: there is no such page here.
+    assert http.get("/healthz").status_code == 404
+    assert client(key_env="A_KEY", open_paths=()).get("/healthz").status_code == 401
 
 
 def test_a_key_that_is_not_set_keeps_the_service_down() -> None:
-    from medsae.pipeline.naming_ingress import api_key
-
     with pytest.raises(ConfigError, match="which is not set"):
         api_key("A_VARIABLE_THAT_IS_NOT_SET")
     assert api_key(None) is None
@@ -67,10 +69,8 @@ def test_a_full_queue_answers_429_and_frees_again() -> None:
         gate.wait(10)
         return JSONResponse({})
 
-    from medsae.pipeline.naming_ingress import Guard
-
     app = Starlette(routes=[Route("/", wait, methods=["POST"])])
-    app.add_middleware(Guard, key_env=None, max_body=100, max_queued=2)
+    app.add_middleware(Guard, key_env=None, max_body=100, max_in_work=2)
     with TestClient(app) as http:
         codes: list[int] = []
         threads = [threading.Thread(target=lambda: codes.append(http.post("/", content=b"x").status_code)) for _ in range(2)]
@@ -86,6 +86,7 @@ def test_a_full_queue_answers_429_and_frees_again() -> None:
         assert codes == [200, 200]
 
 
+@needs_vllm
 @pytest.mark.parametrize("file", ["naming-gpu.yaml", "naming-cpu.yaml"])
 def test_the_serve_files_are_valid(file: str) -> None:
     import importlib
@@ -110,6 +111,7 @@ def test_the_serve_files_are_valid(file: str) -> None:
     assert schema.http_options.host == "127.0.0.1"
 
 
+@needs_vllm
 def test_a_machine_without_gpus_gets_a_cpu_engine_and_arguments_can_be_overridden() -> None:
     from medsae.pipeline.naming_service import llm_config, service_config
 

@@ -7,36 +7,49 @@ import importlib.util
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
 import psutil
 import pytest
+import yaml
 from PIL import Image
 
 from medsae.artifacts import RunDir
 from medsae.config import RunConfig, validate_config
 from medsae.errors import ConfigError
+from medsae.naming.answers import AnswerLog
+from medsae.naming.client import parse_answer
 from medsae.naming.images import data_url
+from medsae.naming.prompts import NAME_ANSWER
 from medsae.pipeline import measure, score
 from medsae.pipeline import name as name_stage
 from tests.support.planted import write_planted
+from tests.support.ports import free_port
 from tests.support.tiny_gemma3 import ENGINE, ENVIRONMENT, write_tiny_gemma3
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.ray,
     pytest.mark.slow,
-    pytest.mark.timeout(420),
+    # Two Serve instances or engines at a time would starve each other on a small machine.
+    pytest.mark.xdist_group("serve"),
+    pytest.mark.timeout(900),
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vllm is not installed (extras gpu or cpu)"),
 ]
 
-KEY = "a-key-for-the-tests"
+KEY_ENV = "MEDSAE_TEST_NAMING_KEY"
+"""Set in `conftest.py`, before Ray starts."""
+KEY = os.environ[KEY_ENV]
 QUEUE = 40
 NEURONS = 200
+PATIENCE = 600
+"""Seconds that are waited for something which a quick machine has in a few: nothing here is timed."""
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +62,7 @@ def planted(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tupl
 
 @pytest.fixture(scope="module")
 def service(planted: tuple[RunConfig, RunDir], tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The service's URL. It asks for a key, which its processes find in their environment."""
-    import ray
-
+    """The service's URL. It asks for a key, which its processes find in their environment. One engine for all tests of this module."""
     from medsae.pipeline.naming_service import naming_service
 
     model = write_tiny_gemma3(tmp_path_factory.mktemp("gemma") / "tiny")
@@ -60,21 +71,19 @@ def service(planted: tuple[RunConfig, RunDir], tmp_path_factory: pytest.TempPath
         "images": 8,
         "image_size": 56,
         "data_root": planted[0].data.root,
+        "api_key_env": KEY_ENV,
         "engine": ENGINE,
         "environment": ENVIRONMENT,
         "max_queued": QUEUE,
         "max_body_mb": 1,
     }
-    assert ray.is_initialized()
-    os.environ["MEDSAE_API_KEY"] = KEY
-    with naming_service(args, port=8127, timeout=300) as url:
+    with naming_service(args, port=free_port(), timeout=PATIENCE) as url:
         yield url
-    del os.environ["MEDSAE_API_KEY"]
 
 
 @pytest.fixture(scope="module")
 def http(service: str) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=service, timeout=120, trust_env=False, headers={"Authorization": f"Bearer {KEY}"}) as client:
+    with httpx.Client(base_url=service, timeout=PATIENCE, trust_env=False, headers={"Authorization": f"Bearer {KEY}"}) as client:
         yield client
 
 
@@ -85,9 +94,27 @@ def image() -> str:
 
 def configured(config: RunConfig, service: str, **name: object) -> RunConfig:
     tree = config.model_dump(mode="json")
-    tree["name"] |= {"namer": "medgemma", "url": service, "images": 4, "image_size": 56, "max_tokens": 600, **name}
+    tree["name"] |= {
+        "namer": "medgemma",
+        "url": service,
+        "api_key_env": KEY_ENV,
+        "select": "all",
+        "images": 4,
+        "image_size": 56,
+        "max_tokens": 600,
+        **name,
+    }
     tree["score"] |= {"methods": ["detection", "intruder"], "images": 5, "neurons": 4}
     return validate_config(tree)
+
+
+def wait_for(what: Callable[[], bool], alive: Callable[[], bool] = lambda: True) -> None:
+    """Polls until `what` holds; fails when `alive` no longer does, or after `PATIENCE`."""
+    end = time.monotonic() + PATIENCE
+    while not what():
+        assert alive(), "what was waited for ended before"
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.05)
 
 
 def test_names_stream_line_by_line_with_bad_images_counted(http: httpx.Client, image: str) -> None:
@@ -145,6 +172,12 @@ def test_the_openai_endpoint_answers_and_refuses_with_a_reason(http: httpx.Clien
     assert http.post("/v1/chat/completions", json={"messages": 3}).status_code == 422
 
 
+def test_without_the_key_nothing_is_answered(service: str) -> None:
+    for path, headers in (("/v1/models", {}), ("/v1/models", {"Authorization": "Bearer another"})):
+        assert httpx.get(service + path, headers=headers, trust_env=False).status_code == 401
+    assert httpx.get(service + "/v1/models", headers={"X-API-Key": KEY}, trust_env=False).json()["data"][0]["id"] == "medgemma"
+
+
 def test_limits_say_what_is_too_much(http: httpx.Client, image: str) -> None:
     assert http.post("/v1/names", json={"neurons": [{"images": [image] * 9}]}).status_code == 422
     assert http.post("/v1/names", json={"neurons": []}).status_code == 422
@@ -155,10 +188,21 @@ def test_limits_say_what_is_too_much(http: httpx.Client, image: str) -> None:
     assert image[30:60] not in answer.text
 
 
-def test_a_full_queue_says_429_and_when_to_come_back(http: httpx.Client, image: str) -> None:
-    body = {"model": "medgemma", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400, "ignore_eos": True}
-    with concurrent.futures.ThreadPoolExecutor(3 * QUEUE) as pool:
-        answers = list(pool.map(lambda _: http.post("/v1/chat/completions", json=body), range(3 * QUEUE)))
+def test_an_answer_of_another_shape_is_no_name(http: httpx.Client) -> None:
+    """The service is asked for something else than the schema, as a server does that does not know schemas."""
+    body = {"model": "medgemma", "messages": [{"role": "user", "content": "x"}], "structured_outputs": {"choice": ["edema", "nodule"]}}
+    told = http.post("/v1/chat/completions", json=body).json()
+    assert told["choices"][0]["message"]["content"] in ("edema", "nodule")
+    answer = parse_answer(told, NAME_ANSWER, None)
+    assert (answer.status, answer.value) == ("schema", None)
+    assert answer.completion_tokens > 0
+
+
+def test_a_full_queue_says_429_and_when_to_come_back(http: httpx.Client) -> None:
+    body = {"model": "medgemma", "messages": [{"role": "user", "content": "x"}], "max_tokens": 200, "ignore_eos": True}
+    count = QUEUE + 20
+    with concurrent.futures.ThreadPoolExecutor(count) as pool:
+        answers = list(pool.map(lambda _: http.post("/v1/chat/completions", json=body), range(count)))
     codes = [a.status_code for a in answers]
     assert set(codes) == {200, 429}
     assert codes.count(200) >= QUEUE
@@ -170,25 +214,43 @@ def engine_processes() -> list[psutil.Process]:
     return [p for p in psutil.Process().children(recursive=True) if "EngineCore" in " ".join(p.cmdline()[:1])]
 
 
-def test_two_hundred_neurons_are_named_through_the_death_of_the_engine(planted: tuple[RunConfig, RunDir], service: str, http: httpx.Client) -> None:
+def test_two_hundred_neurons_are_named_through_the_death_of_the_job_and_of_the_engine(
+    planted: tuple[RunConfig, RunDir], service: str, tmp_path: Path
+) -> None:
+    import ray
+
     config, run = planted
-    config = configured(config, service, select="all", retries=40)
+    config = configured(config, service, retries=60)
+    log = AnswerLog(run, "names/.answers/standard")
+
+    # A job of its own process, killed when it has some of the answers. It joins this test's cluster, so it leaves no processes behind.
+    tree = config.model_dump(mode="json")
+    tree["ray"]["address"] = ray.get_runtime_context().gcs_address
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    job = subprocess.Popen([sys.executable, "-m", "medsae.cli", "name", str(tmp_path / "config.yaml")], start_new_session=True)
+    try:
+        wait_for(lambda: len(log.read()) >= NEURONS // 10, lambda: job.poll() is None)
+    finally:
+        os.killpg(job.pid, signal.SIGKILL)
+        job.wait()
+    kept = len(log.read())
+    assert not run.exists("names/standard.parquet")
+
+    # A second job goes on; the engine dies under it.
     killed: list[int] = []
 
-    def kill_when_a_quarter_is_named() -> None:
-        while not killed:
-            lines = sum(len(run.read_bytes(p).splitlines()) for p in run.list("names/.answers/standard", ".jsonl"))
-            if lines >= NEURONS // 4:
-                for process in engine_processes():
-                    killed.append(process.pid)
-                    os.kill(process.pid, signal.SIGKILL)
-            time.sleep(0.05)
+    def kill_in_the_middle() -> None:
+        wait_for(lambda: len(log.read()) >= kept + NEURONS // 5)
+        for process in engine_processes():
+            killed.append(process.pid)
+            os.kill(process.pid, signal.SIGKILL)
 
-    thread = threading.Thread(target=kill_when_a_quarter_is_named, daemon=True)
+    thread = threading.Thread(target=kill_in_the_middle, daemon=True)
     thread.start()
     result = name_stage.run(config, run)
-    thread.join(1)
+    thread.join(PATIENCE)
     assert killed
+    assert result.counts["resumed"] == kept
     assert result.counts["retries"] > 0
     rows = run.read_table("names/standard.parquet").to_pylist()
     assert [r["neuron"] for r in rows] == list(range(NEURONS))
@@ -199,15 +261,15 @@ def test_two_hundred_neurons_are_named_through_the_death_of_the_engine(planted: 
     assert sum(r["status"] in ("ok", "no shared concept") for r in asked) > 0.9 * len(asked) > 50
     assert all(bool(r["concept"]) == (r["status"] == "ok") for r in rows)
     assert result.counts["cached_tokens"] > 0
-    # Everything was written as it came: a second job asks for nothing.
+    # Everything was written as it came: a third job asks for nothing.
     again = name_stage.run(config, run)
     assert again.counts["resumed"] == again.counts["neurons"]
     assert again.counts["requests"] == 0
 
 
-def test_names_of_the_engine_are_scored(planted: tuple[RunConfig, RunDir], service: str, http: httpx.Client) -> None:
+def test_names_of_the_engine_are_scored(planted: tuple[RunConfig, RunDir], service: str) -> None:
     config, run = planted
-    config = configured(config, service, select="all")
+    config = configured(config, service)
     result = score.run(config, run)
     rows = run.read_table("scores/standard.parquet").to_pylist()
     assert result.counts["failures"] == 0

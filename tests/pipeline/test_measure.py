@@ -130,8 +130,11 @@ def test_phantom_truth_gives_a_calibration(tmp_path: Path, ray_cluster: None, fe
     rng = np.random.default_rng(0)
     data = read_embeddings(run)
     severity = np.where(data.labels[:, 0] == 1, rng.uniform(0.3, 1, N), 0.0)
-    lines = ["Path,cardiomegaly,effusion_left,effusion_right,exposure,marker"]
-    lines += [f"phantoms/patient{i:05d}/view1.png,{severity[i]:.4f},{max(0, data.x[i, 5] - 2):.4f},0,{data.x[i, 6]:.4f},L" for i in range(N)]
+    lines = ["Path,cardiomegaly,effusion_left,effusion_right,central_line,endotracheal_tube,ecg_leads,exposure,marker,sex"]
+    lines += [
+        f"phantoms/patient{i:05d}/view1.png,{severity[i]:.4f},{max(0, data.x[i, 5] - 2):.4f},0,{i % 2},0,{i % 3 // 2},{data.x[i, 6]:.4f},L,{'Female' if data.x[i, 7] < 0 else 'Male'}"
+        for i in range(N)
+    ]
     (root / "truth.csv").write_text("\n".join(lines) + "\n")
     ids = {f"patient{i:05d}/view1.png": image_id_of(f"patient{i:05d}/view1.png") for i in range(N)}
     for part in run.list("embeddings"):
@@ -142,13 +145,19 @@ def test_phantom_truth_gives_a_calibration(tmp_path: Path, ray_cluster: None, fe
     measure.run(config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})}), run)
     raw = run.read_json("measure/raw/calibration.json")
     found = {f["name"]: f for f in raw["findings"]}
-    assert set(found) == {"cardiomegaly", "effusion"}
+    assert set(found) == {"cardiomegaly", "effusion", "central_line", "endotracheal_tube", "ecg_leads"}
     assert found["cardiomegaly"]["neurons"] == [0, 0]
     assert found["effusion"]["neurons"] == [5, 5]
     assert found["effusion"]["found"]
     assert found["effusion"]["auroc"] == pytest.approx(1.0)
-    assert {f["name"] for f in raw["nuisances"]} == {"exposure"}
-    assert raw["nuisances"][0]["neurons"] == [6, 6]
+    nuisances = {f["name"]: f for f in raw["nuisances"]}
+    assert set(nuisances) == {"exposure", "female"}
+    assert nuisances["exposure"]["neurons"] == [6, 6]
+    assert (nuisances["female"]["neurons"], nuisances["female"]["signs"]) == ([7, 7], [-1, -1])
+    assert nuisances["female"]["auroc"] == pytest.approx(1.0)
+    # Any of the lines is in more images than the most frequent of them.
+    lines_positive = next(f["positive"] for f in raw["sides"] if f["name"] == "lines")
+    assert lines_positive > max(found[name]["positive"] for name in ("central_line", "endotracheal_tube", "ecg_leads"))
     versus = run.read_json("measure/standard/calibration.json")["versus_raw"]
     assert versus["findings"] == 2
     assert versus["won_auroc"] == 0

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from PIL import Image
 
-from medsae.artifacts import RunDir
+from medsae.artifacts import SCORE_SCHEMA, RunDir
 from medsae.config import validate_config
 from medsae.errors import ArtifactError
+from medsae.naming.scoring import headline as score_headline
+from medsae.naming.uniqueness import group_names
 from medsae.pipeline import report as stage
 from medsae.report import ReportConfig, build_report
 from medsae.report.figures import frontier
@@ -311,13 +314,59 @@ def test_planted_findings(tmp_path: Path) -> None:
         "versus_raw": versus,
     }
     run.write_json("measure/standard/calibration.json", table)
+    concepts = [
+        {"name": "effusion", "neurons": [3, 3], "r": interval(0.7, 0.6, 0.8), "auroc": 0.9, "names": ["pleural effusion"] * 2, "named": True},
+        {"name": "sex", "neurons": [4, -1], "r": None, "auroc": None, "names": [None, None], "named": False},
+    ]
+    run.write_json(
+        "names/standard.json", {**group_names([(3, "pleural effusion")]), "planted": {"rule": "a rule", "of": 2, "named": 1, "concepts": concepts}}
+    )
     page = render(run, data)
+    planted = {r[0]: r for r in page.rows if len(r) == 6}
+    assert planted["effusion"][1:] == ["#3", "+0.70 (0.60 to 0.80)", "0.90", "pleural effusion", "yes"]
+    assert planted["sex"][1:] == ["#4", "–", "–", "no name", "no"]
     text = " ".join(page.text)
     assert "1 of 2 findings found" in text
     assert "ahead of raw features on 1 of 2" in text
-    found = {r[0]: r for r in page.rows if r[0] in ("effusion", "nodule", "fracture")}
+    found = {r[0]: r for r in page.rows if r[0] in ("effusion", "nodule", "fracture") and len(r) == 9}
     assert found["effusion"][4] == "+0.20 (0.10 to 0.30)"
     assert [found[k][7] for k in ("effusion", "nodule", "fracture")] == ["found", "not found, goes with effusion", "too rare to say"]
+
+
+def test_scores_of_names_and_shared_names(tmp_path: Path) -> None:
+    run, data = make_run(tmp_path, n=60, m=20)
+    blank = {
+        "namer": "vocabulary",
+        "method": "embedding",
+        "precision": 0.5,
+        "recall": 0.5,
+        "f1": 0.5,
+        "n": 40,
+        "failures": 0,
+        "low": 0.4,
+        "high": 0.6,
+    }
+    rows = [
+        {**blank, "neuron": n, "control": control, "balanced_accuracy": 0.5, "auc": auc}
+        for n in range(20)
+        for control, auc in (("none", 0.5 + n / 50), ("shuffled", 0.49), ("empty", 0.5))
+    ]
+    run.write_table("scores/standard.parquet", pa.Table.from_pylist(rows, schema=SCORE_SCHEMA))
+    run.write_json("scores/standard.json", score_headline(rows))
+    names = run.read_table("names/standard.parquet")
+    concepts = ["chest", *(f"concept {n // 2}" for n in range(1, 20))]
+    run.write_table("names/standard.parquet", names.set_column(3, "concept", pa.array(concepts)))
+    run.write_json("names/standard.json", group_names(list(enumerate(concepts))))
+    files = build_report(run, ReportConfig(), data)
+    page = Page(files["report/index.html"].decode())
+    assert "report/distribution-name-scores.svg" in files
+    ends = [r for r in page.rows if r[-1] in ("best", "worst")]
+    assert [r[1] for r in ends] == [*(f"#{n}" for n in range(19, 14, -1)), *(f"#{n}" for n in range(4, -1, -1))]
+    assert ends[0][2:] == ["0.88", "0.49", "0.50", "best"]
+    text = " ".join(page.text)
+    assert "would fit every radiograph: chest (#0)" in text
+    assert any(r[0] == "concept 3" and r[1:] == ["2", "#6 #7"] for r in page.rows)
+    assert "(shuffled 0.49, empty 0.50)" in text
 
 
 def test_an_unmeasured_run_is_one_line(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ The directory holds a configuration, a byte-level tokenizer trained on the spot 
 
 from __future__ import annotations
 
+from importlib import resources
 from pathlib import Path
 
 ENGINE = {
@@ -46,9 +47,11 @@ def write_tiny_gemma3(directory: Path, image_size: int = 56, hidden: int = 64, l
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    corpus = ["The images of a chest share one concept: effusion, cardiomegaly, pacemaker, edema, nodule or none at all."] * 4
+    # Trained on the package's prompts and vocabularies, so that prompts and answers take about as many tokens a word as those of a real model.
+    package = resources.files("medsae.naming")
+    corpus = [f.read_text("utf-8") for folder in ("prompts", "vocabularies") for f in sorted((package / folder).iterdir(), key=lambda f: f.name)]
     trainer = trainers.BpeTrainer(
-        vocab_size=384, special_tokens=_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=2
+        vocab_size=1024, special_tokens=_SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=1
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_tokens([AddedToken(t, normalized=False) for t in _NEWLINES])
