@@ -89,5 +89,5 @@ def _concept(planted: Planted, rows: Mapping[str, Mapping[str, Any]], names: Map
     says = [
         name is not None and name.casefold() in (planted.names if sign > 0 else planted.opposite) for name, sign in zip(borne, signs, strict=True)
     ]
-    named = bool(r) and r["value"] >= CARRIED and bool(says) and all(says)
+    named = r is not None and r["value"] >= CARRIED and bool(says) and all(says)
     return {"name": planted.name, "column": planted.column, "neurons": neurons, "r": r, "auroc": row.get("auroc"), "names": borne, "named": named}

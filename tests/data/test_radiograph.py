@@ -49,7 +49,9 @@ def test_rgb_is_luma_as_pil_does() -> None:
     np.testing.assert_array_equal(np.asarray(decode(encoded(rgb))), np.asarray(rgb.convert("L")))
 
 
-@pytest.mark.parametrize(("size", "reduce_to", "expected"), [((1600, 1200), 448, (800, 600)), ((1800, 1440), 448, (450, 360)), ((800, 640), 448, (800, 640))])
+@pytest.mark.parametrize(
+    ("size", "reduce_to", "expected"), [((1600, 1200), 448, (800, 600)), ((1800, 1440), 448, (450, 360)), ((800, 640), 448, (800, 640))]
+)
 @pytest.mark.parametrize("mode", ["L", "RGB"])
 def test_the_jpeg_decoder_scales_down_when_asked(mode: str, size: tuple[int, int], reduce_to: int, expected: tuple[int, int]) -> None:
     smooth = Image.fromarray(RNG.integers(0, 256, (9, 12), dtype=np.uint8)).resize(size, Image.Resampling.BICUBIC).convert(mode)
