@@ -38,14 +38,16 @@ class Active(Protocol):
         """Whether each neuron has a value above 0 in any sample, bool [m]."""
 
 
-def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(x - shift) W^T + bias, [B, m], without gradient, the product taken in `dtype`."""
+def preactivations(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """(x - shift) W^T + bias, [B, m], without gradient, the product taken in `dtype`; written to `out` where given (but for other dtypes than x's)."""
     with torch.no_grad():
         centred = x if shift is None else x - shift
         if dtype != torch.float32:
             product = (centred.to(dtype) @ weight.to(dtype).T).float()
             return product if bias is None else product.add_(bias)
-        return centred @ weight.T if bias is None else torch.addmm(bias, centred, weight.T)
+        return torch.mm(centred, weight.T, out=out) if bias is None else torch.addmm(bias, centred, weight.T, out=out)
 
 
 class _GivenLinear(torch.autograd.Function):
