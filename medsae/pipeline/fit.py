@@ -28,6 +28,7 @@ from medsae.pipeline.stage import StageResult
 from medsae.pipeline.stream import Stream, survey
 from medsae.pipeline.trackers import check_trackers, open_trackers
 from medsae.progress import progress
+from medsae.sae.base import Workspace
 from medsae.sae.checkpoint import save
 from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
@@ -221,7 +222,8 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     try:
         check_memory(configs, (given.samples if isinstance(given, HeldInputs) else 0, given.dim), device, context.get_local_world_size())
         source = given.open(device)
-        trainers = [Trainer(c, given.dim, given.samples, seed, given.center, device, collective, arguments["plans"][c.batch_size]) for c in configs]
+        plans, workspace = arguments["plans"], Workspace()
+        trainers = [Trainer(c, given.dim, given.samples, seed, given.center, device, collective, plans[c.batch_size], workspace) for c in configs]
         _resume(trainers)
         before = dict.fromkeys(dict.fromkeys(c.batch_size for c in configs), 0)
 

@@ -11,6 +11,23 @@ from torch import Tensor, nn
 
 from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
+from medsae.sae.sparse_ops import preactivations
+
+
+class Workspace:
+    """Memory for the largest matrix of a step, kept from step to step and shared by autoencoders that take turns: fresh memory of this size costs the system
+    a page fault every 4 KiB.
+    """
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def matrix(self, rows: int, columns: int, like: Tensor) -> Tensor:
+        """An uninitialised matrix with the dtype and device of `like`; it holds until the next call."""
+        kept = self._flat
+        if kept is None or kept.numel() < rows * columns or kept.dtype != like.dtype or kept.device != like.device:
+            kept = self._flat = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+        return kept[: rows * columns].view(rows, columns)
 
 
 @dataclass(frozen=True)
@@ -18,7 +35,7 @@ class StepInput:
     """What a training step sees besides its share `x` [b, d] of the global batch.
 
     `total` samples of the global batch B; `sparsity` multiplier of the sparsity coefficient (its warm-up); `dead` bool [m];
-    `collective` adds over the workers that share the global batch.
+    `collective` adds over the workers that share the global batch; `workspace` is where pre-activations are put.
     """
 
     x: Tensor
@@ -26,6 +43,7 @@ class StepInput:
     sparsity: float
     dead: Tensor
     collective: Collective
+    workspace: Workspace = field(default_factory=Workspace)
 
 
 @dataclass(frozen=True)
@@ -71,6 +89,11 @@ class Architecture(nn.Module):
         self.W_dec = nn.Parameter(directions.clone())
         self.b_dec = nn.Parameter(torch.zeros(dim) if center is None else torch.as_tensor(center, dtype=torch.float32).clone())
 
+    def preactivations(self, step: StepInput, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
+        """W_enc (x - b_dec) + bias, or of x, [b, m], in the step's workspace and without gradient."""
+        out = step.workspace.matrix(len(step.x), self.dict_size, step.x)
+        return preactivations(step.x, self.W_enc, bias, self.b_dec if self.subtract_bias else None, dtype, out)
+
     def loss(self, step: StepInput) -> StepOutput:
         """Forward pass and loss of a batch."""
         raise NotImplementedError
@@ -79,7 +102,8 @@ class Architecture(nn.Module):
     def constrain_gradients(self) -> None:
         """Removes from each decoder row's gradient the part that is parallel to the row, where rows have unit norm."""
         if self.unit_decoder and self.W_dec.grad is not None:
-            parallel = (self.W_dec.grad * self.W_dec).sum(dim=1, keepdim=True)
+            # A product of vectors a row: the elementwise product would be a matrix more to write and read.
+            parallel = torch.bmm(self.W_dec.grad.unsqueeze(1), self.W_dec.unsqueeze(2)).squeeze(2)
             self.W_dec.grad.addcmul_(self.W_dec, parallel, value=-1.0)
 
     @torch.no_grad()

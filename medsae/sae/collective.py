@@ -6,6 +6,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+LARGE = 65_536
+"""Elements from which a gradient is a message of its own: copying it into a common one would cost more than the message."""
+
 
 class Collective:
     """torch.distributed where a process group of several workers is up; nothing to do for one worker."""
@@ -58,14 +61,23 @@ class Collective:
         return out
 
     def sum_gradients(self, parameters: list[torch.nn.Parameter], loss: Tensor) -> Tensor:
-        """Sums gradients over the workers in one message, which also carries the loss; returns the global loss."""
+        """Sums gradients over the workers; returns the global loss.
+
+        Matrices are summed where they lie, in flight together; what is small travels with the loss in one message.
+        """
         if self.world == 1:
             return loss
         grads = [p.grad for p in parameters if p.grad is not None]
-        flat = torch.cat([loss.reshape(1), *(g.reshape(-1) for g in grads)])
+        large = [g for g in grads if g.numel() >= LARGE and g.is_contiguous()]
+        waiting = [dist.all_reduce(g, op=dist.ReduceOp.SUM, async_op=True) for g in large]
+        small = [g for g in grads if not any(g is other for other in large)]
+        flat = torch.cat([loss.reshape(1), *(g.reshape(-1) for g in small)])
         dist.all_reduce(flat, op=dist.ReduceOp.SUM)
         start = 1
-        for grad in grads:
+        for grad in small:
             grad.copy_(flat[start : start + grad.numel()].view_as(grad))
             start += grad.numel()
+        for work in waiting:
+            assert work is not None
+            work.wait()
         return flat[0]

@@ -28,14 +28,14 @@ def auxk_loss(sae: Architecture, step: StepInput, pre: Tensor, error: Tensor, k_
     moments = torch.cat([target.sum(dim=0).double(), target.double().square().sum().reshape(1)])
     step.collective.sum(moments)
     variance = moments[-1] - moments[:-1].square().sum() / step.total
-    if not variance > 0:
-        return error.new_zeros(())
+    # No branch on a number of the device: it would wait.
+    scale = torch.where(variance > 0, 1 / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0).to(target.dtype)
     active = Dense(pre.index_select(1, dead))
     shift = sae.b_dec if sae.subtract_bias else None
     values = active.linear(step.x, sae.W_enc.index_select(0, dead), sae.b_enc.index_select(0, dead), shift)
     top = values.detach().topk(min(k_aux, len(dead)), dim=1, sorted=False).indices
     code = torch.zeros_like(values).scatter(1, top, values.gather(1, top).relu())
-    return (target - code @ sae.W_dec.index_select(0, dead)).square().sum() / variance.to(target.dtype)
+    return (target - code @ sae.W_dec.index_select(0, dead)).square().sum() * scale
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
 from medsae.sae.config import SAEConfig
-from medsae.sae.sparse_ops import above, preactivations
+from medsae.sae.sparse_ops import above
 
 
 class Gated(Architecture):
@@ -26,7 +26,7 @@ class Gated(Architecture):
 
     def loss(self, step: StepInput) -> StepOutput:
         assert self.config.l1 is not None
-        product = preactivations(step.x, self.W_enc, None, self.b_dec)
+        product = self.preactivations(step, None)
         active = above(product, -self.b_gate.detach())
         p = active.linear(step.x, self.W_enc, None, self.b_dec)
         gate = (p + active.spread(self.b_gate)).relu()

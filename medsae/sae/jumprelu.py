@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
 from medsae.sae.config import SAEConfig
-from medsae.sae.sparse_ops import above, preactivations
+from medsae.sae.sparse_ops import above
 
 
 class _Jump(torch.autograd.Function):
@@ -54,7 +54,7 @@ class JumpReLU(Architecture):
         config = self.config
         assert config.l0 is not None
         assert config.bandwidth is not None
-        pre = preactivations(step.x, self.W_enc, self.b_enc, self.b_dec)
+        pre = self.preactivations(step, self.b_enc)
         # Below the kernel's window neither the value nor any gradient differs from 0.
         active = above(pre, self.threshold.detach() - config.bandwidth / 2)
         z = active.linear(step.x, self.W_enc, self.b_enc, self.b_dec)

@@ -38,14 +38,16 @@ class Active(Protocol):
         """Whether each neuron has a value above 0 in any sample, bool [m]."""
 
 
-def preactivations(x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
-    """(x - shift) W^T + bias, [B, m], without gradient, the product taken in `dtype`."""
+def preactivations(
+    x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype = torch.float32, out: Tensor | None = None
+) -> Tensor:
+    """(x - shift) W^T + bias, [B, m], without gradient, the product taken in `dtype`; written to `out` where given (but for other dtypes than x's)."""
     with torch.no_grad():
         centred = x if shift is None else x - shift
         if dtype != torch.float32:
             product = (centred.to(dtype) @ weight.to(dtype).T).float()
             return product if bias is None else product.add_(bias)
-        return centred @ weight.T if bias is None else torch.addmm(bias, centred, weight.T)
+        return torch.mm(centred, weight.T, out=out) if bias is None else torch.addmm(bias, centred, weight.T, out=out)
 
 
 class _GivenLinear(torch.autograd.Function):
@@ -107,9 +109,9 @@ class Sparse:
     def transposed(self, values: Tensor) -> Tensor:
         """The code as a sparse [m, B] matrix."""
         if self._transposed is None:
-            order = self.columns.argsort(stable=True)
-            offsets = self.columns.new_zeros(self.neurons + 1)
-            torch.cumsum(torch.bincount(self.columns, minlength=self.neurons), 0, out=offsets[1:])
+            columns, order = self.columns.sort(stable=True)
+            # Where each neuron's pairs begin. Counting them would make a GPU's host wait.
+            offsets = torch.searchsorted(columns, torch.arange(self.neurons + 1, device=columns.device))
             samples = torch.repeat_interleave(torch.arange(self.samples, device=self.rows.device), self.rows.diff(), output_size=len(self.columns))
             self._transposed = offsets, samples[order], order
         offsets, samples, order = self._transposed
@@ -134,9 +136,8 @@ class Sparse:
         return out
 
     def fired(self, values: Tensor) -> Tensor:
-        fired = torch.zeros(self.neurons, dtype=torch.bool, device=values.device)
-        fired[self.columns[values.detach() > 0]] = True
-        return fired
+        counts = torch.zeros(self.neurons, dtype=torch.int32, device=values.device)
+        return counts.index_add_(0, self.columns, (values.detach() > 0).to(torch.int32)) > 0
 
 
 class _SparseLinear(torch.autograd.Function):
@@ -178,7 +179,9 @@ def sampled_products(pattern: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def above(pre: Tensor, threshold: Tensor | float, dense_share: float = DENSE_SHARE) -> Sparse | Dense:
-    """Pairs with pre-activation above a threshold (a number, or one a neuron); dense where they are many."""
+    """Pairs with pre-activation above a threshold (a number, or one a neuron); dense where they are many, and on a GPU, whose host need not wait then."""
+    if pre.device.type != "cpu":
+        return Dense(pre)
     mask = pre > threshold
     if int(torch.count_nonzero(mask)) > dense_share * mask.numel():
         return Dense(pre)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
-from medsae.sae.sparse_ops import above, preactivations
+from medsae.sae.sparse_ops import above
 
 
 class Standard(Architecture):
@@ -19,7 +19,7 @@ class Standard(Architecture):
     def loss(self, step: StepInput) -> StepOutput:
         assert self.config.l1 is not None
         shift = self.b_dec if self.subtract_bias else None
-        active = above(preactivations(step.x, self.W_enc, self.b_enc, shift), 0.0)
+        active = above(self.preactivations(step, self.b_enc), 0.0)
         values = active.linear(step.x, self.W_enc, self.b_enc, shift).relu()
         error = step.x - active.decode(values, self.W_dec) - self.b_dec
         mse = error.square().sum() / step.total

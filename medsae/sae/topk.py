@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
 from medsae.sae.dead import auxk_loss
-from medsae.sae.sparse_ops import Sparse, preactivations, row_topk, sampled_products
+from medsae.sae.sparse_ops import Sparse, row_topk, sampled_products
 
 
 class TopK(Architecture):
@@ -29,7 +29,7 @@ class TopK(Architecture):
     def loss(self, step: StepInput) -> StepOutput:
         config = self.config
         dtype = torch.bfloat16 if config.selection == "bfloat16" else torch.float32
-        pre = preactivations(step.x, self.W_enc, self.b_enc, self.b_dec, dtype)
+        pre = self.preactivations(step, self.b_enc, dtype)
         active = self.select(pre, step)
         if dtype != torch.float32:
             active = self.exact(active, step.x)

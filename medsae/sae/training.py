@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medsae.errors import MedSAEError
-from medsae.sae.base import StepInput
+from medsae.sae.base import StepInput, Workspace
 from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
 from medsae.sae.data import batch_plan
@@ -62,12 +62,14 @@ class Trainer:
         device: str | torch.device = "cpu",
         collective: Collective | None = None,
         plan: tuple[int, int] | None = None,
+        workspace: Workspace | None = None,
     ) -> None:
         """`samples` of the training split, over all workers; `center` [d] starts `b_dec`; `plan` steps an epoch and samples a batch, where the source
-        of the batches cuts them otherwise than `batch_plan`.
+        of the batches cuts them otherwise than `batch_plan`; `workspace` is shared by trainers that take turns.
         """
         self.config, self.samples, self.seed, self.device = config, samples, seed, torch.device(device)
         self.collective = collective or Collective()
+        self.workspace = workspace or Workspace()
         self.steps_per_epoch, self.batch = plan or batch_plan(samples, config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
         self.sae = build(config, dim, seed, center).to(self.device)
@@ -98,7 +100,7 @@ class Trainer:
         """
         rate = learning_rate(self.config, self.step_count, self.steps)
         factor = sparsity_factor(self.config, self.step_count, self.steps)
-        given = StepInput(x, self.batch, factor, self.dead, self.collective)
+        given = StepInput(x, self.batch, factor, self.dead, self.collective, self.workspace)
         out = self.sae.loss(given)
         out.loss.backward()
         loss = self.collective.sum_gradients(self.parameters, out.loss.detach())
@@ -106,7 +108,7 @@ class Trainer:
             raise self._divergence(rate)
         self.sae.constrain_gradients()
         if self.config.clip is not None:
-            torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+            self._clip(self.config.clip)
         self.optimizer.param_groups[0]["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -117,7 +119,15 @@ class Trainer:
         if self._resampling_due() and bool(given.dead.any()):
             self.silent[given.dead] = 0
             self.resampled += resample(self.sae, self.optimizer, given, out.error, (self.seed, self.step_count))
-        self._add(sse=out.error.double().square().sum(), active=out.active.double(), **{f"term_{k}": v.double() for k, v in out.terms.items()})
+        # A sample's squares are summed in float32 (a product of vectors, which makes no matrix), samples in float64.
+        squares = torch.bmm(out.error.unsqueeze(1), out.error.unsqueeze(2))
+        self._add(sse=squares.sum(dtype=torch.float64), active=out.active.double(), **{f"term_{k}": v.double() for k, v in out.terms.items()})
+
+    def _clip(self, limit: float) -> None:
+        """Scales gradients down to the norm `limit`; on a CPU those within it are not touched."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if self.device.type != "cpu" or float(norm) > limit:
+            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
 
     def _resampling_due(self) -> bool:
         every = self.config.resample_epochs
