@@ -38,7 +38,7 @@ from medsae.config import validate_config
 from medsae.data.manifest import CHEXPERT_LABELS
 from medsae.metrics import MeasureState, Moments, Monosemanticity, apply_policy
 from medsae.metrics.tables import detection_figures, detection_table, neurons_table, summary
-from medsae.metrics.targets import KeyedRows
+from medsae.metrics.targets import CONFOUNDS, KeyedRows
 from medsae.sae import SAE, load, save
 
 ROWS_PER_PART = 2048
@@ -99,7 +99,7 @@ def finish(state: MeasureState, labels: np.ndarray) -> None:
     """The figures that follow from a finished state."""
     keys = KeyedRows([], np.arange(len(labels), dtype=np.uint64), apply_policy(labels))
     found = detection_figures(state, keys, np.nansum(keys.values, axis=0))
-    neurons_table(state, CHEXPERT_LABELS, 0.2, found)
+    neurons_table(state, CHEXPERT_LABELS, list(CONFOUNDS), 0.2, found)
     detection_table(found, CHEXPERT_LABELS)
     summary("standard", state, CHEXPERT_LABELS, 0.2)
 

@@ -267,6 +267,14 @@ def read_part(run: RunDir, part: str, label_names: list[str], split: str | None 
     return as_embeddings(table, label_names)
 
 
+def read_meta(run: RunDir, part: str, label_names: list[str], split: str | None = None) -> Embeddings:
+    """As `read_part`, without reading the embeddings: `x` has no columns."""
+    table = run.read_table(part, [f.name for f in EMBEDDING_FIELDS if f.name != "embedding"])
+    if split is not None:
+        table = table.filter(pc.equal(table["split"], split))
+    return Embeddings(np.zeros((table.num_rows, 0), np.float32), _matrix(table["labels"], np.int8), label_names, table.drop_columns(["labels"]))
+
+
 def iter_embeddings(run: RunDir, split: str | None = None) -> Iterator[Embeddings]:
     """The parts of the embeddings one after the other; memory is that of one part."""
     names = label_names(run)

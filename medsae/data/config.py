@@ -32,8 +32,10 @@ class DataConfig(Section):
     """Column of the age in years (`csv` format)."""
     views: Literal["frontal", "lateral", "all"] = "frontal"
     """Which views to use."""
-    uncertain: Literal["zeros", "ones", "ignore"] = "zeros"
-    """What an uncertain label (-1) counts as in the metrics."""
+    confound_columns: list[str] = []
+    """Further columns of the CSV that neurons are held against beside sex, age, view and projection: the institution, the scanner."""
+    uncertain: Literal["zeros", "ones", "ignore", "keep"] = "zeros"
+    """What an uncertain label (-1) counts as in the metrics; `keep`: the number -1 in correlations, not positive elsewhere (the paper's way)."""
     blank: Literal["negative", "ignore"] = "negative"
     """What a blank label (not mentioned) counts as in the metrics."""
     eval_fraction: float = Field(0.3, gt=0, lt=1)

@@ -96,6 +96,34 @@ def read_manifest(config: DataConfig) -> Manifest:
     return Manifest(table, rejected, labels, others)
 
 
+def read_columns(config: DataConfig, columns: list[str]) -> tuple[list[str], dict[str, list[str]]]:
+    """Image ids and columns of the CSV files as they stand there, blanks as ''; the first row of an image counts.
+
+    The images need not be there, so whether a path begins with the data set's own folder is not known: both readings have an id.
+
+    Raises:
+        DataError: no CSV, or a column that is missing.
+    """
+    if not config.root:
+        raise DataError("data.root is not set: give the folder or URI that holds the CSV files")
+    fs, base = resolve(config.root)
+    path_column = config.path_column if config.format == "csv" else "Path"
+    whole: dict[str, tuple[str, ...]] = {}
+    stripped: dict[str, tuple[str, ...]] = {}
+    for name in _csv_files(config, fs, base):
+        table = _strings(fs, posixpath.join(base, name), name, [path_column, *columns])
+        for path, *values in zip(table[path_column].to_pylist(), *(table[c].to_pylist() for c in columns), strict=True):
+            path = _clean(path)
+            whole.setdefault(image_id_of(path), tuple(values))
+            stripped.setdefault(image_id_of(path.split("/", 1)[-1]), tuple(values))
+    rows = {**stripped, **whole}
+    return list(rows), {c: [v[i] for v in rows.values()] for i, c in enumerate(columns)}
+
+
+def _clean(path: str) -> str:
+    return path.strip().replace("\\", "/").lstrip("/")
+
+
 def _label_columns(config: DataConfig) -> list[str]:
     if config.label_columns is not None:
         if not config.label_columns or len(set(config.label_columns)) != len(config.label_columns):
@@ -132,7 +160,7 @@ def _read_csv(config: DataConfig, fs: pafs.FileSystem, base: str, name: str, lab
     table = _strings(fs, posixpath.join(base, name), name, [*columns.values(), *labels])
     found = {key: table[column].to_pylist() for key, column in columns.items()}
     n = table.num_rows
-    paths = _strip_prefix(fs, base, [p.strip().replace("\\", "/").lstrip("/") for p in found["path"]])
+    paths = _strip_prefix(fs, base, [_clean(p) for p in found["path"]])
     empty = [""] * n
     reasons = np.array(["" if p else "no path in this row" for p in paths], dtype=object)
     if config.format == "chexpert":

@@ -12,6 +12,10 @@ class MeasureConfig(Section):
 
     split: Literal["eval", "train", "all"] = "eval"
     """Images to measure on; `eval` are patients that the SAE was not trained on."""
+    labels: list[str] | None = Field(None, min_length=1)
+    """Labels to measure against; default: all of the run. Entropy runs over these."""
+    balanced: int | None = Field(None, gt=0)
+    """Measure on a balanced subset of the split only: for every label this many of its positive images, drawn with the seed; their union."""
     alive_correlation: float = Field(0.2, ge=0, lt=1)
     """A neuron takes part in the entropy figures when its highest |r| exceeds this (the paper's rule)."""
     exemplars: int = Field(16, gt=0)

@@ -12,7 +12,7 @@ from medsae.artifacts import EXEMPLAR_SCHEMA
 from medsae.metrics.correlation import alive, best_neuron, entropy, paper_table, top_label
 from medsae.metrics.detection import FEWEST, MOST, confusion_at_quantile, one_hot_cross_entropy
 from medsae.metrics.state import MeasureState
-from medsae.metrics.targets import CONFOUNDS, KeyedRows
+from medsae.metrics.targets import KeyedRows
 
 
 def number(value: Any) -> Any:
@@ -68,18 +68,18 @@ def detection_table(figures: np.ndarray, labels: list[str]) -> dict[str, Any] | 
     }
 
 
-def neurons_table(state: MeasureState, labels: list[str], threshold: float, detection: np.ndarray) -> pa.Table:
-    """A row a neuron, in the columns of `neurons.parquet`; `detection` as `detection_figures` gives it."""
+def neurons_table(state: MeasureState, labels: list[str], confound_names: list[str], threshold: float, detection: np.ndarray) -> pa.Table:
+    """A row a neuron, in the columns of `neurons.parquet`; the state's targets are labels, then confounds; `detection` as `detection_figures` gives it."""
     activity = state.activity
     every = state.pooled().compute()
     count = len(labels)
-    r, confounds = every[:, :count], every[:, count : count + len(CONFOUNDS)]
+    r, confounds = every[:, :count], every[:, count : count + len(confound_names)]
     mono = state.monosemanticity.compute()
     best, best_r = top_label(r)
     magnitude = np.where(np.isnan(confounds), -1.0, np.abs(confounds))
     worst = magnitude.argmax(1)
     worst_r = confounds[np.arange(len(r)), worst]
-    top_defined = best >= 0
+    strongest = np.nan_to_num(np.abs(r)).max(1, initial=0.0)
     f1_label, f1 = top_label(detection[:, 2])
     at = np.arange(len(r)), slice(None), np.maximum(f1_label, 0)
     columns: dict[str, Any] = {
@@ -101,9 +101,9 @@ def neurons_table(state: MeasureState, labels: list[str], threshold: float, dete
         "precision": np.where(f1_label >= 0, detection[at][:, 0], np.nan),
         "recall": np.where(f1_label >= 0, detection[at][:, 1], np.nan),
         "f1": f1,
-        **{f"confound_{name}": confounds[:, i] for i, name in enumerate(CONFOUNDS)},
-        "top_confound": pa.array([CONFOUNDS[w] if not np.isnan(v) else None for w, v in zip(worst, worst_r, strict=True)], pa.string()),
-        "confounded": np.where(top_defined, np.abs(np.nan_to_num(worst_r)) > np.nan_to_num(np.abs(best_r)), False),
+        **{f"confound_{name}": confounds[:, i] for i, name in enumerate(confound_names)},
+        "top_confound": pa.array([confound_names[w] if not np.isnan(v) else None for w, v in zip(worst, worst_r, strict=True)], pa.string()),
+        "confounded": (best >= 0) & (np.abs(np.nan_to_num(worst_r)) > strongest),
     }
     return pa.table(columns)
 
@@ -141,10 +141,7 @@ def summary(name: str, state: MeasureState, labels: list[str], threshold: float)
     table = paper_table(r, labels, threshold)
     living, h = alive(r, threshold), entropy(r)
     mono = state.monosemanticity.compute()
-    moments = state.pooled()
     defined = ~np.isnan(mono.score)
-    n_each = np.broadcast_to(moments.n, (len(moments.mean_y),))
-    positive = [round(float(n_each[c] * moments.mean_y[c])) for c in range(len(labels))]
     return {
         "name": name,
         "n_images": state.activity.n,
@@ -160,12 +157,4 @@ def summary(name: str, state: MeasureState, labels: list[str], threshold: float)
         "mean_monosemanticity": float(mono.score[defined].mean()) if defined.any() else None,
         "monosemanticity_baseline": mono.baseline,
         "n_reference": mono.n,
-        "label_counts": {
-            label: {
-                "positive": positive[c],
-                "negative": int(n_each[c]) - positive[c],
-                "ignored": state.activity.n - int(n_each[c]),
-            }
-            for c, label in enumerate(labels)
-        },
     }

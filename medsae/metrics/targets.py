@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from medsae.artifacts import Embeddings
+from medsae.errors import DataError
 from medsae.metrics.labels import Blank, Uncertain, apply_policy
 
 CONFOUNDS = ("sex", "age", "view", "projection")
@@ -55,9 +56,44 @@ def confound_values(part: Embeddings) -> np.ndarray:
     return np.column_stack([two("sex", "F", "M"), age, two("view", "frontal", "lateral"), two("projection", "AP", "PA")])
 
 
-def target_values(part: Embeddings, uncertain: Uncertain, blank: Blank, extra: KeyedRows | None) -> np.ndarray:
+def target_values(part: Embeddings, uncertain: Uncertain, blank: Blank, *others: KeyedRows | None) -> np.ndarray:
     """Labels under the policy, confounds and what else is known, [n, C + 4 + k]."""
     columns = [apply_policy(part.labels, uncertain, blank), confound_values(part)]
-    if extra is not None:
-        columns.append(extra.take(image_keys(part.column("image_id"))))
+    known = [rows for rows in others if rows is not None]
+    if known:
+        keys = image_keys(part.column("image_id"))
+        columns += [rows.take(keys) for rows in known]
     return np.hstack(columns)
+
+
+MOST_VALUES = 50
+"""Values of a column above which it must hold numbers."""
+
+
+def indicator_rows(ids: list[str], columns: dict[str, list[str]]) -> KeyedRows:
+    """Columns of text as numbers: one of 0 and 1 for every value (`site=A`), a blank missing; more than MOST_VALUES numbers stay one column of numbers.
+
+    Raises:
+        DataError: more values than that, and they are not numbers.
+    """
+    names: list[str] = []
+    found: list[np.ndarray] = []
+    for name, texts in columns.items():
+        values = np.array([t.strip() for t in texts])
+        blank = values == ""
+        distinct = np.unique(values[~blank]).tolist()
+        if len(distinct) > MOST_VALUES:
+            try:
+                found.append(np.array([float(v) if v else np.nan for v in values]))
+            except ValueError:
+                raise DataError(
+                    f"data.confound_columns: {name!r} has {len(distinct)} values that are not all numbers; at most {MOST_VALUES}"
+                ) from None
+            names.append(name)
+            continue
+        for value in distinct:
+            names.append(f"{name}={value}")
+            found.append(np.where(blank, np.nan, (values == value).astype(float)))
+    keys = image_keys(np.array(ids))
+    order = np.argsort(keys)
+    return KeyedRows(names, keys[order], np.column_stack(found)[order] if found else np.zeros((len(keys), 0)))

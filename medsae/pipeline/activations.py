@@ -12,7 +12,7 @@ import scipy.sparse as sp
 from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, label_names, read_part
 from medsae.config import RunConfig
 from medsae.errors import ArtifactError, MedSAEError
-from medsae.metrics.labels import apply_policy
+from medsae.metrics.labels import apply_policy, as_binary
 from medsae.naming.exemplars import Images, naming_half, rectify, unit_centred
 from medsae.progress import progress
 
@@ -58,7 +58,7 @@ def read_images(config: RunConfig, run: RunDir, facts: Sequence[str] = ()) -> Ta
     # Numbers instead of names: they are compared for every neuron.
     _, codes = np.unique(patients, return_inverse=True)
     images = Images(column("image_id"), column("path"), codes, x, naming_half(patients, config.seed), told)
-    targets = np.concatenate([apply_policy(p.labels, config.data.uncertain, config.data.blank) for p in parts])
+    targets = np.concatenate([as_binary(apply_policy(p.labels, config.data.uncertain, config.data.blank)) for p in parts])
     return Table(images, targets, names)
 
 

@@ -7,7 +7,7 @@ Activations are made on the fly and never stored. The tree depends on the parts 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ import pyarrow as pa
 import ray
 import scipy.sparse as sp
 
-from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, read_part
+from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, read_meta, read_part
 from medsae.config import RunConfig
 from medsae.errors import ArtifactError, MedSAEError
 from medsae.metrics.columns import as_array, as_rows
@@ -45,30 +45,51 @@ class Plan:
     run: RunDir
     config: RunConfig
     labels: list[str]
+    columns: list[int]
+    """Where the labels stand among those of the run."""
     dim: int
-    target_count: int
     reference_dim: int
+    confounds: list[str]
+    images: np.ndarray | None = None
+    """Keys of the images to measure, ascending; None: all of the split."""
 
     @property
     def split(self) -> str | None:
         return None if self.config.measure.split == "all" else self.config.measure.split
 
+    def of_images(self, images: np.ndarray | None) -> Plan:
+        """The same for some images only."""
+        return replace(self, images=images)
+
+    def read(self, path: str, meta_only: bool = False) -> Embeddings:
+        """The measured images of a part, with the measured labels; `meta_only` leaves the embeddings unread (width 0)."""
+        part = (read_meta if meta_only else read_part)(self.run, path, self.labels, self.split)
+        labels, x, meta = part.labels, part.x, part.meta
+        if self.images is not None and len(part):
+            keep = np.isin(image_keys(part.column("image_id")), self.images)
+            labels, x, meta = labels[keep], x[keep], meta.filter(pa.array(keep))
+        return Embeddings(x, labels[:, self.columns] if len(labels) else labels, self.labels, meta)
+
 
 @dataclass(frozen=True)
 class Side:
-    """What comes from outside the embeddings, found by image key."""
+    """What comes from outside the embeddings, found by image key: phantom truth, reference embeddings, further confounds."""
 
     truth: KeyedRows | None = None
     reference: KeyedRows | None = None
+    extra: KeyedRows | None = None
 
 
 @dataclass(frozen=True)
 class Null:
-    """What the permutation null needs of all images: labels [N, C] (NaN missing), donors [P, N], mean of every permuted label [P * C]."""
+    """What the permutation null needs of all images: labels [N, C] (NaN missing), donors [P, N]; images, mean and standard deviation of every
+    permuted label [P * C]."""
 
     labels: np.ndarray
     donors: np.ndarray
+    n: np.ndarray
     mean: np.ndarray
+    deviation: np.ndarray
     masked: bool
 
     def add(self, state: NullState, z: Any, first: int, spread: np.ndarray) -> None:
@@ -84,11 +105,13 @@ class Null:
 
 @dataclass(frozen=True)
 class Second:
-    """What the second pass is asked: activations of `neurons`; each neuron's standard deviation [m] scales it in the null."""
+    """What the second pass is asked: activations of `neurons`; each neuron's standard deviation [m] scales it in the null; cosine similarity of
+    embeddings and reconstructions with text directions `axes` [K, d]."""
 
     neurons: np.ndarray
     spread: np.ndarray
     offsets: dict[str, int]
+    axes: np.ndarray | None = None
 
 
 def load_features(plan: Plan, name: str, given: Features | None) -> Features:
@@ -110,7 +133,7 @@ def read_group(plan: Plan, parts: list[str]) -> Embeddings | None:
     """
     found: list[Embeddings] = []
     for path in parts:
-        part = read_part(plan.run, path, plan.labels, plan.split)
+        part = plan.read(path)
         if len(part):
             if part.x.shape[1] != plan.dim:
                 raise ArtifactError(f"{plan.run.path(path)} holds embeddings of width {part.x.shape[1]}, others {plan.dim}; extract again")
@@ -155,12 +178,12 @@ def fold_parts(plan: Plan, side: Side, name: str, given: Features | None, parts:
     state: MeasureState | None = None
     settings, data = plan.config.measure, plan.config.data
     keys = image_keys(group.column("image_id"))
-    targets = target_values(group, data.uncertain, data.blank, side.truth)
+    targets = target_values(group, data.uncertain, data.blank, side.extra, side.truth)
     fold = patient_fold(group.column("patient_id"), plan.config.seed)
     for rows, z in batches(group.x, features, settings.rows):
         if state is None:
             top = settings.exemplars if features.signed else max(settings.exemplars, TOP_IMAGES)
-            state = MeasureState(z.shape[1], plan.target_count, plan.dim, plan.reference_dim, top, features.signed)
+            state = MeasureState(z.shape[1], targets.shape[1], plan.dim, plan.reference_dim, top, features.signed)
         x = group.x[rows]
         x_hat = features.decode(z)
         reference = x if side.reference is None else side.reference.take(keys[rows])
@@ -168,27 +191,49 @@ def fold_parts(plan: Plan, side: Side, name: str, given: Features | None, parts:
     return state
 
 
+@dataclass(frozen=True)
+class Looked:
+    """What the second pass found of some images: row of the first, activations of the chosen neurons float32 [n, k], cosine similarities with the
+    text directions of the embeddings and of their reconstructions [n, K] or None."""
+
+    offset: int
+    chosen: np.ndarray
+    texts: np.ndarray | None
+    texts_after: np.ndarray | None
+
+
 def second_look(
     plan: Plan, name: str, given: Features | None, second: Second, null: Null | None, parts: list[str]
-) -> tuple[list[tuple[int, np.ndarray]], NullState | None]:
-    """Activations of the chosen neurons, as (row of the first image, float32 [n, k]), and the null's sums."""
+) -> tuple[list[Looked], NullState | None]:
+    """What `Looked` holds, and the null's sums."""
     features = load_features(plan, name, given)
     group = read_group(plan, parts)
     if group is None:
         return [], None
     offset = min(second.offsets[p] for p in parts if p in second.offsets)
     chosen: list[np.ndarray] = []
+    after: list[np.ndarray] = []
     state = None if null is None else NullState(len(second.spread), len(plan.labels), len(null.donors), null.masked)
     for rows, z in batches(group.x, features, plan.config.measure.rows):
         few = z[:, second.neurons]
         chosen.append((few.toarray() if sp.issparse(few) else few).astype(np.float32))
+        x_hat = None if second.axes is None else features.decode(z)
+        if x_hat is not None and second.axes is not None:
+            after.append(text_similarity(as_array(x_hat), second.axes))
         if null is not None and state is not None:
             for start in range(0, z.shape[0], NULL_ROWS):
                 null.add(state, z[start : start + NULL_ROWS], offset + rows.start + start, second.spread)
-    return [(offset, np.concatenate(chosen))], state
+    before = None if second.axes is None else text_similarity(group.x, second.axes)
+    return [Looked(offset, np.concatenate(chosen), before, np.concatenate(after) if after else None)], state
 
 
-def merge_looks(*looks: tuple[list[tuple[int, np.ndarray]], NullState | None]) -> tuple[list[tuple[int, np.ndarray]], NullState | None]:
+def text_similarity(x: np.ndarray, axes: np.ndarray) -> np.ndarray:
+    """Products [n, K] of unit embeddings and text directions; 0 for an embedding without direction."""
+    norm = np.linalg.norm(x, axis=1, keepdims=True)
+    return np.asarray((x / np.where(norm > 0, norm, 1.0)) @ axes.T)
+
+
+def merge_looks(*looks: tuple[list[Looked], NullState | None]) -> tuple[list[Looked], NullState | None]:
     """Second looks joined."""
     state: NullState | None = None
     for _, other in looks:
@@ -249,10 +294,18 @@ def first_pass(plan: Plan, side: Any, name: str, features: Any) -> MeasureState:
     return merged
 
 
-def second_pass(plan: Plan, name: str, features: Any, second: Any, null: Any) -> tuple[np.ndarray, NullState | None]:
-    """Activations of the chosen neurons of all images, in the order of the parts, float32 [N, k], and the null's sums."""
-    values, state = tree(name, second_look, merge_looks, (plan, name, features, second, null), embedding_parts(plan.run))
-    return np.concatenate([v for _, v in sorted(values, key=lambda item: item[0])]), state
+def second_pass(
+    plan: Plan, name: str, features: Any, second: Any, null: Any
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None, NullState | None]:
+    """What `Looked` holds of all images, in the order of the parts, and the null's sums."""
+    found, state = tree(name, second_look, merge_looks, (plan, name, features, second, null), embedding_parts(plan.run))
+    found = sorted(found, key=lambda look: look.offset)
+
+    def joined(parts: list[np.ndarray | None]) -> np.ndarray | None:
+        known = [p for p in parts if p is not None]
+        return np.concatenate(known) if known else None
+
+    return np.concatenate([f.chosen for f in found]), joined([f.texts for f in found]), joined([f.texts_after for f in found]), state
 
 
 def wait_all(refs: list[Any], desc: str) -> None:

@@ -28,8 +28,8 @@ STAGES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "report": (("report",), ("measure", "name", "score")),
 }
 
-LABEL_POLICY = {"uncertain", "blank"}
-"""Keys of `data` that only readers of labels apply: they do not make embeddings stale."""
+LABEL_POLICY = {"uncertain", "blank", "confound_columns"}
+"""Keys of `data` that only measure and later stages apply: they do not make embeddings stale."""
 
 SPEED_ONLY = {
     "fit": {"trackers"},

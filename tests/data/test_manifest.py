@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medsae.data.config import DataConfig
-from medsae.data.manifest import CHEXPERT_COLUMNS, CHEXPERT_LABELS, MANIFEST_SCHEMA, image_id_of, read_manifest, split_of
+from medsae.data.manifest import CHEXPERT_COLUMNS, CHEXPERT_LABELS, MANIFEST_SCHEMA, image_id_of, read_columns, read_manifest, split_of
 from medsae.errors import DataError
 
 HEADER = ",".join(CHEXPERT_COLUMNS + CHEXPERT_LABELS)
@@ -180,3 +180,15 @@ def test_chexpert_at_its_full_size(tmp_path: Path) -> None:
     flat = table["labels"].combine_chunks().flatten().to_numpy()
     np.testing.assert_array_equal(flat[:14_000], [expected[v] for v in values[:1000].ravel()])
     assert np.bincount(flat + 2).sum() == 223_414 * 14
+
+
+def test_further_columns_are_found_by_image(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    path = "train/patient00001/study2/view1_frontal.jpg"
+    (tmp_path / "train.csv").write_text(f"{HEADER},Site\n{row(PREFIX + path)},North\n{row(PREFIX + path)},South\n")
+    ids, columns = read_columns(DataConfig(root=str(tmp_path)), ["Site", "Sex"])
+    at = ids.index(image_id_of(path))
+    assert (columns["Site"][at], columns["Sex"][at]) == ("North", "Female")
+    assert set(ids) == {image_id_of(path), image_id_of(PREFIX + path)}
+    with pytest.raises(DataError, match=r"train\.csv has no column 'Scanner'"):
+        read_columns(DataConfig(root=str(tmp_path)), ["Scanner"])

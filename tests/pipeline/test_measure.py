@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,10 @@ import pytest
 from medsae.artifacts import EMBEDDING_SCHEMA, RunDir, read_embeddings
 from medsae.config import RunConfig, validate_config
 from medsae.data.manifest import image_id_of
-from medsae.errors import ArtifactError
+from medsae.errors import ArtifactError, ConfigError
 from medsae.metrics.features import LinearFeatures
-from medsae.metrics.labels import apply_policy
+from medsae.metrics.labels import apply_policy, balanced_subset
+from medsae.metrics.targets import image_keys
 from medsae.pipeline import measure
 
 LABELS = ["Edema", "Pleural Effusion", "Support Devices"]
@@ -31,11 +31,12 @@ def write_run(folder: Path, n: int = N, parts: int = 5, split: str | None = None
     labels = rng.choice([1, 0, -1, -2], p=[0.25, 0.3, 0.1, 0.35], size=(n, len(LABELS))).astype(np.int8)
     x = rng.standard_normal((n, D)).astype(np.float32) + 1
     x[:, : len(LABELS)] += 1.5 * (labels == 1)
-    ids = [hashlib.sha256(f"{seed}/{i}".encode()).hexdigest()[:16] for i in range(n)]
+    paths = [f"patient{i:05d}/view1.png" for i in range(n)]
+    ids = [image_id_of(p) for p in paths]
     table = pa.table(
         {
             "image_id": ids,
-            "path": [f"patient{i:05d}/view1.png" for i in range(n)],
+            "path": paths,
             "patient_id": patients,
             "study_id": [f"{p}/s1" for p in patients],
             "view": rng.choice(["frontal", "lateral"], n),
@@ -123,6 +124,45 @@ def test_artifacts_equal_numpy_on_the_whole_matrix(tmp_path: Path, ray_cluster: 
 
 
 @pytest.mark.ray
+def test_the_papers_subset_labels_and_uncertain_entries(tmp_path: Path, ray_cluster: None, features: LinearFeatures) -> None:
+    run = write_run(tmp_path / "run")
+    rng = np.random.default_rng(1)
+    sites = rng.choice(["A", "B", ""], N)
+    (tmp_path / "list.csv").write_text("file,site\n" + "".join(f"patient{i:05d}/view1.png,{sites[i]}\n" for i in range(N)))
+    config = config_for(run, labels=["Support Devices", "Edema"], balanced=30, split="all", baselines=[])
+    data_config = {
+        "root": str(tmp_path),
+        "format": "csv",
+        "csv": ["list.csv"],
+        "path_column": "file",
+        "confound_columns": ["site"],
+        "uncertain": "keep",
+    }
+    measure.run(config.model_copy(update={"data": config.data.model_copy(update=data_config)}), run)
+    data = read_embeddings(run)
+    chosen = np.isin(image_keys(data.column("image_id")), balanced_subset(image_keys(data.column("image_id")), data.labels[:, [2, 0]], 30, 0))
+    raw = data.labels[chosen][:, [2, 0]]
+    y = np.where(raw == -2, 0.0, raw)
+    summary = run.read_json("measure/standard/summary.json")
+    assert summary["n_images"] == chosen.sum() < N
+    assert summary["label_counts"]["Edema"] == {"positive": (raw[:, 1] == 1).sum(), "negative": (raw[:, 1] != 1).sum(), "ignored": 0}
+    assert summary["label_counts"]["Edema"]["positive"] >= 30
+    z = features.encode(data.x[chosen]).astype(np.float64)
+    neurons = run.read_table("measure/standard/neurons.parquet").to_pandas()
+    got = neurons[["r_Support Devices", "r_Edema"]].to_numpy()
+    np.testing.assert_allclose(got, np.corrcoef(z.T, y.T)[: z.shape[1], z.shape[1] :], atol=1e-9)
+    known = sites[chosen] != ""
+    site = np.corrcoef(z[known].T, sites[chosen][known] == "A")[:-1, -1]
+    np.testing.assert_allclose(neurons["confound_site=A"], site, atol=1e-9)
+    np.testing.assert_allclose(neurons["confound_site=B"], -site, atol=1e-9)
+    confounds = neurons[[f"confound_{c}" for c in summary["confounds"]]].abs()
+    np.testing.assert_array_equal(neurons["confounded"], confounds.max(axis=1) > np.abs(got).max(1))
+    assert "r_Pleural Effusion" not in neurons
+    with pytest.raises(ConfigError, match=r"measure\.labels: no label 'Nothing' in the run"):
+        measure.run(config_for(run, labels=["Nothing"]), run)
+
+
+@pytest.mark.ray
 def test_phantom_truth_gives_a_calibration(tmp_path: Path, ray_cluster: None, features: LinearFeatures) -> None:
     run = write_run(tmp_path / "run")
     root = tmp_path / "phantoms"
@@ -136,11 +176,6 @@ def test_phantom_truth_gives_a_calibration(tmp_path: Path, ray_cluster: None, fe
         for i in range(N)
     ]
     (root / "truth.csv").write_text("\n".join(lines) + "\n")
-    ids = {f"patient{i:05d}/view1.png": image_id_of(f"patient{i:05d}/view1.png") for i in range(N)}
-    for part in run.list("embeddings"):
-        table = run.read_table(part)
-        index = table.schema.get_field_index("image_id")
-        run.write_table(part, table.set_column(index, "image_id", pa.array([ids[p] for p in table["path"].to_pylist()])))
     config = config_for(run)
     measure.run(config.model_copy(update={"data": config.data.model_copy(update={"root": str(root)})}), run)
     raw = run.read_json("measure/raw/calibration.json")

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pytest
 
-from medsae.artifacts import EMBEDDING_SCHEMA, RunDir
+from medsae.artifacts import EMBEDDING_SCHEMA, RunDir, embedding_parts
 from medsae.config import validate_config
 from medsae.encoders import load_encoder
+from medsae.metrics.features import LinearFeatures
 from medsae.pipeline import measure
+from medsae.pipeline.measure_tasks import Second, second_look
 
 
 def test_texts_as_images_are_told_apart(tmp_path: Path) -> None:
@@ -26,8 +29,26 @@ def test_texts_as_images_are_told_apart(tmp_path: Path) -> None:
     run.write_manifest({"schema": 1, "stages": {}, "labels": ["Cardiomegaly", "Pneumonia"], "encoder": {"name": "phantom-clip", "dim": x.shape[1]}})
     config = validate_config({"run": str(tmp_path), "encoder": {"name": "phantom-clip", "weights": "untrained"}})
     plan, side = measure.prepare(config, run)
-    got = measure.zero_shot(plan, measure.read_images(plan, side))
-    assert got is not None
-    assert got["Cardiomegaly"] is not None
-    assert got["Cardiomegaly"] > 0.9
-    assert got["Pneumonia"] is None
+    images = measure.read_images(plan, side)
+    axes = measure.zero_shot_axes(plan)
+    assert axes is not None
+    assert axes.labels == [0]
+    # A dictionary that reconstructs perfectly, and one that mirrors embeddings along the text direction.
+    keep = np.eye(x.shape[1])
+    flip = keep - 2 * np.outer(axes.axes[0], axes.axes[0]) / np.square(axes.axes[0]).sum()
+    second = Second(np.array([0]), np.ones(x.shape[1], np.float32), images.offsets, axes.axes)
+    areas = []
+    for back in (keep, flip):
+        features = LinearFeatures(keep, np.zeros(x.shape[1]), back)
+        [found], _ = second_look(plan, "standard", features, second, None, embedding_parts(run))
+        before = measure.zero_shot(axes, found.texts, images.targets, plan.labels)
+        after = measure.zero_shot(axes, found.texts_after, images.targets, plan.labels)
+        assert before is not None
+        assert after is not None
+        assert before["Pneumonia"] is None
+        areas.append((before["Cardiomegaly"], after["Cardiomegaly"]))
+    assert areas[0][0] > 0.9
+    assert areas[0][1] == areas[0][0]
+    assert areas[1] == (areas[0][0], pytest.approx(1 - areas[0][0]))
+    [raw], _ = second_look(plan, "raw", None, second, None, embedding_parts(run))
+    assert raw.texts_after is None
