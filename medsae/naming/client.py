@@ -89,6 +89,8 @@ class ChatClient:
         concurrency: requests in flight.
         retries: repetitions after `RETRY_STATUS`, a lost connection or a time-out. Waits double from `backoff` seconds to `longest_wait`, with jitter;
             a server's Retry-After is obeyed.
+        give_up: so many requests in a row whose retries all went unanswered end the client's work with a ServiceError: the service is gone, and a job would
+            otherwise wait for hours. None never gives up.
     """
 
     url: str
@@ -98,7 +100,8 @@ class ChatClient:
     retries: int = 6
     timeout: float = 300.0
     backoff: float = 0.5
-    longest_wait: float = 30.0
+    longest_wait: float = 10.0
+    give_up: int | None = None
     usage: Usage = field(default_factory=Usage)
 
     async def __aenter__(self) -> ChatClient:
@@ -115,6 +118,7 @@ class ChatClient:
     def _begin(self) -> None:
         self._slots = asyncio.Semaphore(self.concurrency)
         self._jitter = random.Random(0)
+        self._lost = 0
 
     async def __aexit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         await self._http.aclose()
@@ -149,9 +153,12 @@ class ChatClient:
         choices: Sequence[str] | None = None,
         max_tokens: int = 300,
     ) -> Answer:
-        """One question at temperature 0; never raises for what a server does, the status says it.
+        """One question at temperature 0. What a server does to it is a status and no exception, until the service is given up.
 
         With `schema` the answer is a JSON object that follows it; with `choices`, one of these strings with the probability of each.
+
+        Raises:
+            ServiceError: `give_up` requests in a row were lost.
         """
         body: dict[str, Any] = {"model": self.model, "messages": messages, "temperature": 0.0, "seed": 0, "max_tokens": max_tokens}
         if schema is not None:
@@ -162,6 +169,11 @@ class ChatClient:
         async with self._slots:
             answer = await self._send(body, schema, choices)
         self.usage.add(answer)
+        self._lost = self._lost + 1 if answer.transient else 0
+        if self.give_up is not None and self._lost >= self.give_up:
+            raise ServiceError(
+                f"the naming service stopped answering ({answer.status}, {self._lost} requests in a row): what it answered is kept, run the stage again"
+            )
         return answer
 
     async def _send(self, body: dict[str, Any], schema: dict[str, Any] | None, choices: Sequence[str] | None) -> Answer:

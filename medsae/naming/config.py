@@ -38,8 +38,9 @@ class NameConfig(Section):
     """Prompt file: one of the package's, or a path. Default: `name-v1`, with `contrast` `contrast-v1`."""
     concurrency: int = Field(32, gt=0)
     """Requests in flight; about twice the engine's `max_num_seqs` keeps it busy."""
-    retries: int = Field(8, ge=0)
-    """Times that a request is sent again after 429, 5xx, a time-out or a lost connection, with back-off."""
+    retries: int = Field(40, ge=0)
+    """Times that a request is sent again after 429, 5xx, a time-out or a lost connection, with back-off up to 10 s: some five minutes, in which an engine
+    that died is up again. When as many requests in a row as `concurrency` are lost all the same, the stage ends; run again, it goes on."""
     timeout: float = Field(300.0, gt=0)
     """Seconds a request may take."""
     max_tokens: int = Field(300, gt=0)

@@ -137,13 +137,17 @@ class ChatNamer:
         images: reads images, as `ImageStore` does.
         model: what to record as the model.
         max_tokens: of an answer; one that is cut off is a failure.
+        told: metadata columns that captions tell; recorded with every name, because it may repeat them.
     """
 
     name = "medgemma"
     costly = True
 
-    def __init__(self, client: Callable[[], ChatClient], prompt: Prompt, images: ImageSource, model: str, max_tokens: int = 300) -> None:
+    def __init__(
+        self, client: Callable[[], ChatClient], prompt: Prompt, images: ImageSource, model: str, max_tokens: int = 300, told: Sequence[str] = ()
+    ) -> None:
         self.client, self.prompt, self.images, self.model, self.max_tokens = client, prompt, images, model, max_tokens
+        self.told = list(told)
 
     def key(self, subject: Subject) -> str:
         ids = [(e.image_id, e.caption) for e in subject.exemplars]
@@ -190,6 +194,8 @@ class ChatNamer:
             except DataError:
                 unreadable += 1
         evidence: dict[str, Any] = {"images": [e.image_id for e in subject.exemplars], "unreadable": unreadable}
+        if self.told:
+            evidence["told"] = self.told
         if not urls:
             return self._none(subject, "no readable image" if subject.exemplars else "no image", evidence)
         answer = await client.ask(self.prompt.messages(urls, captions), schema=self.prompt.schema, max_tokens=self.max_tokens)

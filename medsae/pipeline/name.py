@@ -172,7 +172,8 @@ def _service_namer(config: RunConfig, run: RunDir, stack: ExitStack) -> Maker:
     stack.enter_context(ray_session(config.ray))
     table = read_images(config, run, settings.metadata)
     url = service_url(config, stack)
-    namer = ChatNamer(lambda: client(config, url), prompt, ImageStore(config.data.root, settings.image_size), settings.model, settings.max_tokens)
+    store = ImageStore(config.data.root, settings.image_size)
+    namer = ChatNamer(lambda: client(config, url), prompt, store, settings.model, settings.max_tokens, settings.metadata)
 
     def make(target: str, rows: list[Row]) -> tuple[Namer, list[Subject]]:
         z = read_activations(config, run, target, [row["neuron"] for row in rows])
@@ -199,4 +200,5 @@ def service_url(config: RunConfig, stack: ExitStack) -> str:
 def client(config: RunConfig, url: str) -> ChatClient:
     """An unopened client of the naming service."""
     settings = config.name
-    return ChatClient(url, None, os.environ.get(settings.api_key_env), settings.concurrency, settings.retries, settings.timeout)
+    key = os.environ.get(settings.api_key_env)
+    return ChatClient(url, None, key, settings.concurrency, settings.retries, settings.timeout, give_up=max(8, settings.concurrency))

@@ -16,7 +16,7 @@ import scipy.sparse as sp
 
 from medsae.artifacts import RAW, SCORE_SCHEMA, RunDir, fingerprint
 from medsae.config import RunConfig
-from medsae.errors import ArtifactError
+from medsae.errors import ArtifactError, ServiceError
 from medsae.naming.answers import AnswerLog
 from medsae.naming.exemplars import ScoringSet, scoring_set
 from medsae.naming.images import ImageStore
@@ -69,7 +69,17 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
             texts = sorted({n["concept"] for t in targets for n in named[t]})
             scorer.judges.append(EmbeddingJudge(text_encoder(config), scorer.table.images.x, texts or [""]))
         url = service_url(config, stack) if SERVICE_METHODS & set(methods) else None
-        scored = asyncio.run(_score_all(scorer, run, named, activations, url, methods))
+        try:
+            scored = asyncio.run(_score_all(scorer, run, named, activations, url, methods))
+        except BaseExceptionGroup as group:
+            # A service that was given up ends all neurons in work: one line is enough.
+            lost = group.subgroup(ServiceError)
+            if lost is None:
+                raise
+            first: BaseException = lost
+            while isinstance(first, BaseExceptionGroup):
+                first = first.exceptions[0]
+            raise first from None
     for target, rows in scored.items():
         outputs[f"scores/{target}.parquet"] = run.write_table(f"scores/{target}.parquet", pa.Table.from_pylist(rows, schema=SCORE_SCHEMA))
         outputs[f"scores/{target}.json"] = run.write_json(f"scores/{target}.json", headline(rows, config.seed))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from importlib import resources
 from typing import Any
@@ -264,6 +265,7 @@ class _Page:
                     "neuron": neuron,
                     "id": f"{m.name}-{neuron}",
                     "name": named,
+                    "told": json.loads(named["evidence"] or "{}").get("told") if named else None,
                     "images": images,
                     "bars": bars,
                     "wins": [label for label in m.labels if (cell := m.best(label)) and cell["neuron"] == neuron],

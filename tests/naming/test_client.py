@@ -59,6 +59,19 @@ def test_retries_end(url: str, script: Script) -> None:
     assert client.usage.failed == 1
 
 
+def test_a_service_that_is_gone_is_given_up(url: str, script: Script) -> None:
+    async def run() -> None:
+        async with ChatClient(url, backoff=0.001, retries=1, give_up=3, concurrency=1) as client:
+            for _ in range(9):
+                await client.ask(QUESTION, schema=NAME_ANSWER)
+
+    script.faults = [503, 503, 400, *[503] * 9]
+    with pytest.raises(ServiceError, match=r"stopped answering \(http 503, 3 requests in a row\): what it answered is kept"):
+        asyncio.run(run())
+    # One lost, one refused (an answer), three lost.
+    assert script.requests == 2 + 1 + 6
+
+
 def test_a_refusal_is_not_asked_again(url: str, script: Script) -> None:
     script.faults = [400]
     answer, _ = ask(url, retries=5)

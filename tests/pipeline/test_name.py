@@ -9,7 +9,7 @@ import pytest
 
 from medsae.artifacts import RunDir
 from medsae.config import RunConfig, validate_config
-from medsae.errors import ArtifactError, ConfigError
+from medsae.errors import ArtifactError, ConfigError, ServiceError
 from medsae.naming.answers import AnswerLog
 from medsae.pipeline import measure, name, score
 from tests.support.planted import LABELS, write_planted
@@ -123,6 +123,19 @@ def test_full_queues_and_dead_engines_are_waited_out_and_bad_answers_are_counted
     assert all(bool(r["concept"]) == (r["status"] == "ok") for r in rows)
 
 
+def test_a_service_that_stays_away_ends_the_stage_with_one_line(measured: tuple[RunConfig, RunDir], url: str, script: Script) -> None:
+    config, run = measured
+    fresh(run)
+    name.run(with_service(config, url), run)
+    tree = with_service(config, url, concurrency=1, retries=0).model_dump(mode="json")
+    tree["score"]["methods"] = ["detection"]
+    script.faults = [503] * 1000
+    run.delete("names/.answers")
+    for stage in (score, name):
+        with pytest.raises(ServiceError, match=r"stopped answering \(http 503, 8 requests in a row\)"):
+            stage.run(validate_config(tree), run)
+
+
 def test_images_that_cannot_be_read_are_counted_and_not_sent(measured: tuple[RunConfig, RunDir], url: str, script: Script, tmp_path: Path) -> None:
     config, run = measured
     fresh(run)
@@ -149,6 +162,27 @@ def test_naming_and_scoring_share_no_patient(measured: tuple[RunConfig, RunDir],
     patients = set(images.patient[images.naming]) & set(images.patient[~images.naming])
     assert shown <= naming
     assert not patients
+
+
+def test_what_is_told_beside_the_images_is_warned_of_and_marked(
+    measured: tuple[RunConfig, RunDir], url: str, script: Script, caplog: pytest.LogCaptureFixture
+) -> None:
+    import json
+
+    config, run = measured
+    fresh(run)
+    with caplog.at_level("WARNING", "medsae"):
+        name.run(with_service(config, url, metadata=["sex", "projection"], neurons=4), run)
+    assert "a name may repeat what it was told" in caplog.text
+    told = [part["text"] for part in script.bodies[0]["messages"][0]["content"] if part["type"] == "text"][1:-1]
+    assert all("AP" in text for text in told)
+    rows = run.read_table("names/standard.parquet").to_pylist()
+    assert all(json.loads(r["evidence"])["told"] == ["sex", "projection"] for r in rows)
+    # Scoring tells nothing.
+    script.bodies.clear()
+    score.run(with_service(config, url, metadata=["sex", "projection"], neurons=4), run)
+    assert script.bodies
+    assert not any("AP" in part["text"] for body in script.bodies for part in body["messages"][0]["content"] if part["type"] == "text")
 
 
 def test_errors_say_what_to_do(measured: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
