@@ -272,7 +272,7 @@ def read_meta(run: RunDir, part: str, label_names: list[str], split: str | None 
     table = run.read_table(part, [f.name for f in EMBEDDING_FIELDS if f.name != "embedding"])
     if split is not None:
         table = table.filter(pc.equal(table["split"], split))
-    return Embeddings(np.zeros((table.num_rows, 0), np.float32), _matrix(table["labels"], np.int8), label_names, table.drop_columns(["labels"]))
+    return Embeddings(np.zeros((table.num_rows, 0), np.float32), as_matrix(table["labels"], np.int8), label_names, table.drop_columns(["labels"]))
 
 
 def iter_embeddings(run: RunDir, split: str | None = None) -> Iterator[Embeddings]:
