@@ -133,7 +133,7 @@ def test_names_stream_line_by_line_with_bad_images_counted(http: httpx.Client, i
     assert sum(totals["statuses"].values()) == 4
     found = {line["neuron"]: line for line in lines}
     assert {found[4]["status"], found[6]["status"]} == {"no readable image"}
-    assert {found[3]["status"], found[5]["status"]} <= {"ok", "no shared concept"}
+    assert {found[3]["status"], found[5]["status"]} <= {"ok", "no shared concept", "empty"}  # random weights may say nothing
     assert totals["usage"]["requests"] == 2
 
 
