@@ -185,30 +185,78 @@ def _leaf_order(profiles: np.ndarray) -> list[int]:
     return [int(i) for i in leaves_list(linkage(profiles, "average", optimal_ordering=True))]
 
 
-def histogram(sets: list[Measured], values: Callable[[Measured], np.ndarray], xlabel: str, log: bool = False) -> Figure | None:
-    """Shares of neurons over one figure of theirs, a curve for each of `sets`; None where no neuron has the figure."""
+def ridges(sets: list[Measured], values: Callable[[Measured], np.ndarray], xlabel: str, log: bool = False) -> Figure | None:
+    """How one figure of the neurons is distributed, a row for each of `sets` with its median; None where no neuron has the figure.
+
+    Rows have the same height, whatever the number of neurons.
+    """
     colour = colours(sets)
     data = {m.name: v[np.isfinite(v)] for m in sets for v in [np.asarray(values(m), dtype=np.float64)]}
     if log:
         data = {name: np.log10(v[v > 0]) for name, v in data.items()}
-    if not any(len(v) for v in data.values()):
+    shown = [m for m in sets if len(data[m.name])]
+    if not shown:
         return None
     everything = np.concatenate(list(data.values()))
     low, high = float(everything.min()), float(everything.max())
-    bins = np.linspace(low, high if high > low else low + 1e-6, 25).tolist()
-    with _figure(3.5, 2.5) as (figure, ax):
-        for m in sets:
-            v = data[m.name]
-            if len(v):
-                weights = np.full(len(v), 1 / len(v))
-                hue = PALETTE[colour[m.name]]
-                ax.hist(v, bins, histtype="stepfilled", alpha=0.16, linewidth=0, color=hue, weights=weights)
-                ax.hist(v, bins, histtype="step", linewidth=1.6, label=m.title, color=hue, weights=weights)
+    edges = np.linspace(low, high if high > low else low + 1e-6, 31)
+    with _figure(3.5, 0.75 + 0.36 * len(shown)) as (figure, ax):
+        for row, m in enumerate(reversed(shown)):
+            share, _ = np.histogram(data[m.name], edges)
+            heights = row + 0.82 * share / share.max()
+            hue = PALETTE[colour[m.name]]
+            ax.stairs(heights, edges, baseline=row, fill=True, color=hue, alpha=0.3, linewidth=0)
+            ax.stairs(heights, edges, baseline=row, color=hue, linewidth=1.2)
+            middle = float(np.median(data[m.name]))
+            ax.plot([middle, middle], [row, row + 0.82], color=hue, linewidth=2.2, solid_capstyle="butt")
+        ax.set_yticks([row + 0.3 for row in range(len(shown))], [m.title for m in reversed(shown)])
+        ax.tick_params(axis="y", colors=PALETTE["ink"])
+        ax.set_ylim(-0.06, len(shown))
         ax.set_xlabel(xlabel)
-        ax.yaxis.set_major_formatter(lambda y, _: f"{100 * y:g} %")
+        ax.grid(axis="x")
+        ax.grid(False, axis="y")
+        ax.spines["left"].set_visible(False)
         if log:
             ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(4))
             ax.xaxis.set_major_formatter(lambda x, _: f"{100 * 10**x:.2g} %")
+    return figure
+
+
+def probing_curves(sets: list[Measured]) -> Figure | None:
+    """Mean AUROC over labels of probes on the 1, 2 and 5 strongest neurons, and beside them on all features and on the reconstruction.
+
+    None where nothing was probed. A baseline's name stands at the end of its line, as all have one colour.
+    """
+    colour = colours(sets)
+
+    def mean(m: Measured, key: str) -> float:
+        value = ((m.summary.get("probing") or {}).get(key) or {}).get("mean")
+        return float(value) if isinstance(value, int | float) else np.nan
+
+    keys = ("1", "2", "5")
+    curves = {m.name: [mean(m, k) for k in keys] for m in sets}
+    shown = [m for m in sets if np.isfinite(curves[m.name]).any()]
+    if not shown:
+        return None
+    rest = (("linear_features", "all\nfeatures"), ("linear_reconstruction", "recon-\nstruction"))
+    with _figure(7.4, 3.2) as (figure, ax):
+        for m in shown:
+            hue = PALETTE[colour[m.name]]
+            style = {"color": hue, "linewidth": 1.2 if m.is_baseline else 2.0, "marker": "D" if m.is_raw else "o", "markersize": 5}
+            ax.plot(range(len(keys)), curves[m.name], label=None if m.is_baseline else m.title, zorder=2 if m.is_baseline else 3, **style)
+            ax.plot([len(keys) + 0.3 + i for i in range(len(rest))], [mean(m, k) for k, _ in rest], zorder=3, **{**style, "linewidth": 0.0})
+        labelled = sorted(((curves[m.name][-1], m.title) for m in shown if m.is_baseline and np.isfinite(curves[m.name][-1])), reverse=True)
+        spread = 0.06 * float(np.ptp(ax.get_ylim()))
+        place = np.inf
+        for value, title in labelled:
+            place = min(value, place - spread)
+            ax.annotate(title, (len(keys) - 1, value), (len(keys) - 0.92, place), color=PALETTE["muted"], fontsize=8, va="center")
+        ax.axvline(len(keys) - 0.22, color=PALETTE["line"], linewidth=1)
+        ax.set_xticks([*range(len(keys)), *(len(keys) + 0.3 + i for i in range(len(rest)))], [*keys, *(text for _, text in rest)])
+        ax.set_xlabel("neurons in the probe", x=0.26)
+        ax.set_ylabel("AUROC, mean over labels")
+        ax.set_xlim(-0.25, len(keys) + len(rest) - 0.4)
+        figure.legend(loc="outside upper right", ncols=len(shown), handletextpad=0.4)
     return figure
 
 

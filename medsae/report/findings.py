@@ -132,6 +132,7 @@ def probing_table(data: ReportData) -> dict[str, Any] | None:
     zero = data.saes[0].summary.get("zero_shot")
     if zero:
         columns.append(("zero-shot prompts", zero))
+        columns += [(f"{m.title}: zero-shot, reconstruction", found) for m in data.saes if (found := m.summary.get("zero_shot_reconstruction"))]
     sets = ([data.raw] if data.raw else []) + data.saes
     for key, title in (("1", "one neuron"), ("5", "five neurons"), ("linear_features", "all features"), ("linear_reconstruction", "reconstruction")):
         columns += [(f"{m.title}: {title}", found) for m in sets if (found := (m.summary.get("probing") or {}).get(key))]

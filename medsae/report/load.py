@@ -44,6 +44,11 @@ class Measured:
         return self.name.startswith("baseline-")
 
     @property
+    def is_signed(self) -> bool:
+        """Features that have a sign: how often they are above zero says nothing."""
+        return self.is_raw or self.name in {"baseline-rotation", "baseline-pca", "baseline-ica"}
+
+    @property
     def title(self) -> str:
         return "raw features" if self.is_raw else self.name.removeprefix("baseline-")
 

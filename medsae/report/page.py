@@ -81,6 +81,7 @@ class _Page:
             "comparison": self.comparison(),
             "calibrations": [(m, rows) for m in data.saes if (rows := calibration_rows(m))],
             "probing": probing_table(data),
+            "probing_curves": self.figure("probing", figures.probing_curves(data.everything), self.probing_alt()),
             "distributions": self.distributions(),
             "frontier": self.frontier(),
             "training": self.training(),
@@ -158,6 +159,15 @@ class _Page:
             parts.append(f"{label}: {', '.join(values)}")
         return "Highest correlation of one neuron with each label. " + "; ".join(parts)
 
+    def probing_alt(self) -> str:
+        parts = [
+            f"{m.title} {num(value, 3)} with {k}"
+            for m in self.data.everything
+            for k, found in (m.summary.get("probing") or {}).items()
+            if (value := found.get("mean")) is not None
+        ]
+        return f"Mean AUROC over labels by number of neurons in the probe: {', '.join(parts)}."
+
     def heat_maps(self) -> list[dict[str, Any]]:
         found = []
         for m in self.data.saes:
@@ -170,8 +180,8 @@ class _Page:
         return found
 
     def distributions(self) -> list[dict[str, Any]]:
-        """Entropy of neurons that pass the paper's rule, highest correlation, and how often neurons fire."""
-        sets = self.data.all
+        """Entropy of neurons that pass the paper's rule, highest correlation, monosemanticity, and how often neurons fire, SAEs beside baselines."""
+        sets = self.data.everything
         panels = [
             (
                 "entropy",
@@ -182,7 +192,14 @@ class _Page:
                 False,
             ),
             ("correlation", "Highest correlation", "highest r of a neuron with any label", sets, lambda m: m.columns["top_r"], False),
-            ("frequency", "How often neurons fire", "share of images a neuron fires on", self.data.saes, lambda m: m.columns["frequency"], True),
+            (
+                "frequency",
+                "How often neurons fire",
+                "share of images a neuron fires on",
+                [m for m in sets if not m.is_signed],
+                lambda m: m.columns["frequency"],
+                True,
+            ),
         ]
         if any(np.isfinite(m.columns.get("monosemanticity", np.array([np.nan])).astype(np.float64)).any() for m in sets):
             panels.append(("monosemanticity", "Monosemanticity", "monosemanticity score", sets, lambda m: m.columns["monosemanticity"], False))
@@ -190,7 +207,7 @@ class _Page:
         for key, title, xlabel, of, values, log in panels:
             medians = [f"{m.title} {num(median(values(m)), 3)}" for m in of]
             alt = f"{title}: share of neurons over {xlabel}. Medians: {', '.join(medians)}."
-            svg = self.figure(f"distribution-{key}", figures.histogram(of, values, xlabel, log), alt)
+            svg = self.figure(f"distribution-{key}", figures.ridges(of, values, xlabel, log), alt)
             found.append({"title": title, "svg": svg, "medians": list(zip(of, medians, strict=True))})
         return found
 
@@ -202,7 +219,7 @@ class _Page:
         method = next(iter(sets[0].scores.values()))["method"]
         medians = [f"{m.title} {num(median(name_scores(m)), 3)} ({len(m.scores)} names)" for m in sets]
         alt = f"Scores of names by {method}: share of neurons. Medians: {', '.join(medians)}."
-        figure = figures.histogram(sets, name_scores, "AUC of the name" if method == "embedding" else "balanced accuracy of the name")
+        figure = figures.ridges(sets, name_scores, "AUC of the name" if method == "embedding" else "balanced accuracy of the name")
         return {"svg": self.figure("distribution-name-scores", figure, alt), "medians": list(zip(sets, medians, strict=True)), "method": method}
 
     def comparison(self) -> dict[str, Any] | None:
