@@ -257,7 +257,8 @@ def ribs(scene: Scene) -> None:
         paths = rib_paths(scene, side)
         centre, area = paths[..., :2], 1.25 * old * paths[..., 2] * np.clip((150 - theta) / 30, 0.25, 1)
         normal = normals(centre)
-        for rib in range(first, first + (0 if severity == 0 else 2 + round(2 * severity))):
+        broken = 0 if severity == 0 else 2 + round(2 * severity)
+        for rib in range(first, min(first + broken, len(centre))):
             centre[rib], area[rib] = fracture(centre[rib], area[rib], theta, normal[rib], severity, 58.0 if rib % 2 else 44.0)
         points = centre[:, :, None, :] + normal[:, :, None, :] * (half[:, None] * offsets[None, :])[None, :, :, None]
         scene.film.splat(0, points[..., 0], points[..., 1], area[..., None] * profile)
