@@ -1,6 +1,6 @@
 """Requests and tokens per second of the naming service beside the same engine offline, one request at a time, and the paper's way; in one run.
 
-    python benchmarks/naming.py [--model DIRECTORY] [--requests N] [--images N] [--hidden 256 --layers 4] [--json FILE]
+    python benchmarks/naming.py [--model DIRECTORY] [--requests N] [--images N] [--hidden 1024 --layers 8] [--json FILE]
 
 Without --model a Gemma3 of toy size with random weights is made (--hidden, --layers); with it, any Gemma3-class directory, with --load-format dummy or auto.
 All rows answer the same prompts (the naming prompt, N images each) under the same JSON schema and engine arguments; every engine starts with an empty cache.
@@ -146,7 +146,7 @@ def served(settings: dict[str, Any]) -> dict[str, Any]:
     logging.disable(logging.INFO)
     ray.init(num_cpus=4, include_dashboard=False, object_store_memory=400 * 2**20, log_to_driver=False)
     args = {"model": settings["model"], "images": settings["images"], "engine": settings["engine"], "environment": settings["environment"]}
-    with naming_service(args, port=free_port()) as url:
+    with naming_service(args, port=free_port(), timeout=600) as url:
         many = asyncio.run(through(url, settings, 0, settings["requests"], 2 * settings["engine"]["max_num_seqs"]))
         one = asyncio.run(through(url, settings, 1, max(8, settings["requests"] // 8), 1))
     ray.shutdown()
@@ -202,11 +202,12 @@ def apart(name: str, settings: dict[str, Any]) -> dict[str, Any]:
         task, out = Path(folder) / "task.json", Path(folder) / "out.json"
         task.write_text(json.dumps(settings))
         environment = {**os.environ, **settings["environment"], "RAY_AUTH_MODE": "disabled"}
+        begun = time.perf_counter()
         done = subprocess.run([sys.executable, __file__, "--row", name, str(task), str(out)], env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr[-3000:]}")
         result: dict[str, Any] = json.loads(out.read_text())
-        print(f"{name}: {json.dumps(result)}", file=sys.stderr, flush=True)
+        print(f"{name}, {time.perf_counter() - begun:.0f} s with its start: {json.dumps(result)}", file=sys.stderr, flush=True)
         return result
 
 
@@ -214,18 +215,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model")
     parser.add_argument("--load-format", default=None)
-    parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--requests", type=int, default=32)
     parser.add_argument("--images", type=int, default=4)
-    parser.add_argument("--pool", type=int, default=200)
-    parser.add_argument("--size", type=int, default=224)
-    parser.add_argument("--max-tokens", type=int, default=600)
+    parser.add_argument("--pool", type=int, default=100)
+    parser.add_argument("--size", type=int, default=112)
+    parser.add_argument("--max-tokens", type=int, default=300)
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument(
         "--dtype", default="float32", choices=["float32", "bfloat16", "float16"], help="float32 is the fastest on CPUs without bfloat16"
     )
     parser.add_argument("--max-model-len", type=int, default=2048)
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--skip", nargs="*", default=[], choices=list(ROWS))
     parser.add_argument("--json")
     parser.add_argument("--row", nargs=3)

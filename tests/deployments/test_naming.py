@@ -29,7 +29,7 @@ from medsae.naming.images import data_url
 from medsae.naming.prompts import NAME_ANSWER
 from medsae.pipeline import measure, score
 from medsae.pipeline import name as name_stage
-from tests.support.planted import write_planted
+from tests.support.planted import BRIEF, write_planted
 from tests.support.ports import free_port
 from tests.support.tiny_gemma3 import ENGINE, ENVIRONMENT, write_tiny_gemma3
 
@@ -55,7 +55,7 @@ PATIENCE = 600
 @pytest.fixture(scope="module")
 def planted(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
     """A measured run with 200 neurons."""
-    config, run = write_planted(tmp_path_factory.mktemp("planted"), images=240, neurons=NEURONS)
+    config, run = write_planted(tmp_path_factory.mktemp("planted"), images=240, neurons=NEURONS, measure=BRIEF)
     measure.run(config, run)
     return config, run
 

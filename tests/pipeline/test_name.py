@@ -12,7 +12,7 @@ from medsae.config import RunConfig, validate_config
 from medsae.errors import ArtifactError, ConfigError, ServiceError
 from medsae.naming.answers import AnswerLog
 from medsae.pipeline import measure, name, score
-from tests.support.planted import LABELS, write_planted
+from tests.support.planted import BRIEF, LABELS, write_planted
 from tests.support.scripted import Script, chat, scripted_server
 
 pytestmark = pytest.mark.ray
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def measured(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunConfig, RunDir]:
-    config, run = write_planted(tmp_path_factory.mktemp("planted"))
+    config, run = write_planted(tmp_path_factory.mktemp("planted"), measure=BRIEF)
     measure.run(config, run)
     return config, run
 

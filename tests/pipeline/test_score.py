@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from medsae.pipeline import measure, name, score
-from tests.support.planted import LABELS, write_planted
+from tests.support.planted import BRIEF, LABELS, write_planted
 
 
 @pytest.mark.ray
 def test_planted_neurons_get_their_labels_and_names_beat_the_shuffled_ones(ray_cluster: None, tmp_path: Path) -> None:
-    config, run = write_planted(tmp_path)
+    config, run = write_planted(tmp_path, measure=BRIEF)
     measure.run(config, run)
     named = name.run(config, run)
     names = {r["neuron"]: r["concept"] for r in run.read_table("names/standard.parquet").to_pylist()}

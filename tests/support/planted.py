@@ -16,6 +16,8 @@ from medsae.sae import SAE, save
 
 LABELS = ["Cardiomegaly", "Edema", "Pleural Effusion", "Support Devices"]
 DIM, NEURONS = 16, 12
+BRIEF: dict[str, object] = {"baselines": [], "permutations": 0, "bootstrap": 100, "draws": 1}
+"""Section `measure` of runs whose tests need the neurons' own figures and no comparison."""
 
 
 def write_planted(root: Path, images: int = 480, seed: int = 0, neurons: int = NEURONS, **sections: dict[str, object]) -> tuple[RunConfig, RunDir]:
