@@ -138,14 +138,18 @@ class RunDir:
 
     def list(self, relative: str, suffix: str = "") -> list[str]:
         """Relative paths of the files directly under a folder, sorted; empty where there is no such folder."""
-        selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
-        names = [i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.File]
+        names = [i.base_name for i in self._entries(relative) if i.type == pafs.FileType.File]
         return sorted(posixpath.join(relative, n) for n in names if n.endswith(suffix) and not n.startswith("."))
 
     def folders(self, relative: str) -> Strings:
         """Names of the folders directly under a folder, sorted."""
-        selector = pafs.FileSelector(self.path(relative), allow_not_found=True)
-        return sorted(i.base_name for i in self.fs.get_file_info(selector) if i.type == pafs.FileType.Directory)
+        return sorted(i.base_name for i in self._entries(relative) if i.type == pafs.FileType.Directory)
+
+    def _entries(self, relative: str) -> Any:
+        try:
+            return self.fs.get_file_info(pafs.FileSelector(self.path(relative), allow_not_found=True))
+        except FileNotFoundError:
+            return []  # another process removed the folder after it was found
 
     def read_bytes(self, relative: str) -> bytes:
         try:

@@ -242,7 +242,7 @@ def probing_curves(sets: list[Measured]) -> Figure | None:
     with _figure(7.4, 3.2) as (figure, ax):
         for m in shown:
             hue = PALETTE[colour[m.name]]
-            style = {"color": hue, "linewidth": 1.2 if m.is_baseline else 2.0, "marker": "D" if m.is_raw else "o", "markersize": 5}
+            style: dict[str, Any] = {"color": hue, "linewidth": 1.2 if m.is_baseline else 2.0, "marker": "D" if m.is_raw else "o", "markersize": 5}
             ax.plot(range(len(keys)), curves[m.name], label=None if m.is_baseline else m.title, zorder=2 if m.is_baseline else 3, **style)
             ax.plot([len(keys) + 0.3 + i for i in range(len(rest))], [mean(m, k) for k, _ in rest], zorder=3, **{**style, "linewidth": 0.0})
         labelled = sorted(((curves[m.name][-1], m.title) for m in shown if m.is_baseline and np.isfinite(curves[m.name][-1])), reverse=True)

@@ -195,7 +195,8 @@ def test_phantom_truth_gives_a_calibration(tmp_path: Path, ray_cluster: None, fe
     assert lines_positive > max(found[name]["positive"] for name in ("central_line", "endotracheal_tube", "ecg_leads"))
     versus = run.read_json("measure/standard/calibration.json")["versus_raw"]
     assert versus["findings"] == 4  # all but the central line, which no image has
-    assert versus["won_auroc"] == 0
+    # Tubes and leads are chance for both; what the features carry, the SAE does not carry better.
+    assert all(versus["by_finding"][name]["auroc"] <= 0 for name in ("cardiomegaly", "effusion"))
 
 
 @pytest.mark.ray

@@ -21,7 +21,7 @@ __all__ = [
     "write_phantoms",
 ]
 
-# Loaded on first use: configuration sections are read in processes that need nothing else of this package.
+# Loaded on first use: who needs the names of the findings need not import what draws them.
 __getattr__, __dir__, _ = lazy_loader.attach(
     __name__,
     submod_attrs={
