@@ -2,13 +2,17 @@
 
     python benchmarks/extract.py [--data FOLDER] [--encoder NAME] [--images N] [--json FILE]
 
-FOLDER is in CheXpert's layout; without one, phantoms are drawn. Reported:
+FOLDER is in CheXpert's layout; without one, phantoms are drawn. On a machine with a GPU the forward and the stage use it, with the batch size that the stage finds; give
+`--images 20000` or more there. Reported:
 
 * read, decode and preprocess alone, one process;
 * the bare forward: the same encoder, batch size and threads on pixels that lie in memory;
-* the stage, steady state: from the first published part to the last, so Ray's and the model's start-up are not in it (they are shown apart);
+* the stage, steady state: from the first published part to the last, so Ray's and the model's start-up are not in it (they are shown apart). Decoding runs ahead of
+  the encoder, and some of it may be over before the first part is; `stage_share_with_decode` adds the whole decode of every image on all cores to the stage's time,
+  which is what a long run can cost at most;
 * the loader of the paper's kind: one process, one image after the other through PIL, tensor, resize, PIL again, and the model's own processor, then the same model in
-  the same batches.
+  the same batches;
+* on a GPU, the lowest cosine of an image's embedding in the default arithmetic (bfloat16) to that in float32.
 """
 
 from __future__ import annotations
@@ -25,12 +29,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
+import torch
 
 from medsae.artifacts import RunDir, resolve
 from medsae.config import RunConfig, validate_config
 from medsae.data import radiograph
 from medsae.data.manifest import read_manifest
-from medsae.encoders import load_encoder, load_preprocess
+from medsae.encoders import find_batch_size, load_encoder, load_preprocess
 
 
 def rate(count: int, seconds: float) -> float:
@@ -57,6 +62,13 @@ def time_forward(encoder: Any, pixels: np.ndarray, batch_size: int) -> float:
     return rate(len(pixels), time.perf_counter() - started)
 
 
+def lowest_cosine(arguments: argparse.Namespace, encoder: Any, pixels: np.ndarray, device: str) -> float:
+    """Of embeddings in the encoder's own arithmetic to those in float32."""
+    exact = load_encoder(arguments.encoder, arguments.weights, device=device, dtype="float32")
+    pairs = [(encoder.encode(pixels[i : i + 32]), exact.encode(pixels[i : i + 32])) for i in range(0, min(len(pixels), 512), 32)]
+    return min(float((a * b).sum(1).min()) for a, b in pairs)
+
+
 def time_stage(config: RunConfig) -> tuple[float, float, float]:
     """Images per second in steady state, images per second of the whole stage, and its start-up in seconds."""
     from medsae.pipeline.stage import run_stage
@@ -74,7 +86,6 @@ def time_stage(config: RunConfig) -> tuple[float, float, float]:
 
 def paper_loader(config: RunConfig, paths: list[str], encoder: Any, batch_size: int) -> float:
     """One process; each image goes PIL -> float tensor -> resize -> PIL -> processor, and the model takes floats of three channels."""
-    import torch
     from PIL import Image
     from transformers import CLIPImageProcessorPil
 
@@ -90,9 +101,12 @@ def paper_loader(config: RunConfig, paths: list[str], encoder: Any, batch_size: 
             tensor = torch.nn.functional.interpolate(tensor[None], (height, width), mode="bilinear", antialias=True)[0]
             again = Image.fromarray((tensor.permute(1, 2, 0).numpy() * 255).astype(np.uint8))
             batch.append(processor(again, return_tensors="np")["pixel_values"][0])
-        grey = np.stack(batch)[:, 0]
-        pixels = np.clip(np.rint((grey * 0.27950088968644304 + 0.5862785803043838) * 255), 0, 255).astype(np.uint8)
-        encoder.encode(pixels)
+        floats = np.stack(batch)
+        if hasattr(encoder, "vision"):
+            with torch.inference_mode():
+                torch.nn.functional.normalize(encoder.vision(torch.from_numpy(floats).to(encoder.device, encoder.dtype)).float(), dim=-1).cpu()
+        else:
+            encoder.encode(np.clip(np.rint((floats[:, 0] * 0.27950088968644304 + 0.5862785803043838) * 255), 0, 255).astype(np.uint8))
     return rate(len(paths), time.perf_counter() - started)
 
 
@@ -102,8 +116,7 @@ def main() -> None:
     parser.add_argument("--encoder", default="medclip-resnet50")
     parser.add_argument("--weights", default="untrained")
     parser.add_argument("--images", type=int, default=640)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--repeats", type=int, default=3, help="bare forward before, between and after")
+    parser.add_argument("--batch-size", type=int, help="default: 32 on CPU, found by trial on a GPU")
     parser.add_argument("--json", help="write the figures here too")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
@@ -115,31 +128,39 @@ def main() -> None:
 
             root = str(Path(scratch) / "phantom")
             write_phantoms(root, arguments.images, seed=0)
-        tree = {
+        tree: dict[str, Any] = {
             "run": str(Path(scratch) / "run"),
             "data": {"root": root, "limit": arguments.images},
-            "encoder": {"name": arguments.encoder, "weights": arguments.weights, "batch_size": arguments.batch_size},
+            "encoder": {"name": arguments.encoder, "weights": arguments.weights},
         }
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        encoder: Any = load_encoder(arguments.encoder, arguments.weights, device=device)
+        batch_size = arguments.batch_size or (find_batch_size(encoder) if device == "cuda" else 32)
+        tree["encoder"]["batch_size"] = batch_size
         config = validate_config(tree)
         paths = read_manifest(config.data).table["path"].to_pylist()
         decode, preprocess, pixels = time_decode(config, paths)
-        encoder = load_encoder(arguments.encoder, arguments.weights)
-        forwards = [time_forward(encoder, pixels, arguments.batch_size)]
+        forwards = [time_forward(encoder, pixels, batch_size)]
         steady, whole, startup = time_stage(config)
-        forwards.append(time_forward(encoder, pixels, arguments.batch_size))
-        paper = paper_loader(config, paths, encoder, arguments.batch_size)
-        forwards.append(time_forward(encoder, pixels, arguments.batch_size))
+        forwards.append(time_forward(encoder, pixels, batch_size))
+        paper = paper_loader(config, paths, encoder, batch_size)
+        forwards.append(time_forward(encoder, pixels, batch_size))
+        cosine = lowest_cosine(arguments, encoder, pixels, device) if device == "cuda" else 1.0
     forward = statistics.median(forwards)
     figures = {
         "encoder": arguments.encoder,
         "images": len(paths),
         "cores": os.cpu_count(),
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "batch_size": batch_size,
+        "lowest_cosine_to_float32": cosine,
         "decode_images_per_s": decode,
         "decode_and_preprocess_images_per_s": preprocess,
         "forward_images_per_s": forward,
         "forward_images_per_s_each": forwards,
         "stage_images_per_s": steady,
         "stage_share_of_forward": steady / forward,
+        "stage_share_with_decode": 1 / (1 / steady + 1 / (preprocess * (os.cpu_count() or 1))) / forward,
         "stage_whole_images_per_s": whole,
         "stage_startup_s": startup,
         "paper_loader_images_per_s": paper,

@@ -184,15 +184,19 @@ def overall(rng: np.random.Generator, sick: bool) -> Sentence:
     return Sentence(_pick(rng, SICK if sick else CLEAN), ((INDEX["sick"], 0.01, 1.01) if sick else (INDEX["sick"], -0.01, 0.005),))
 
 
+SMALL = ("nodule", "fracture", "atelectasis", "central_line", "devices")
+"""Findings that are hard to see: statements speak of them twice as often as of others."""
+SPOKEN = (*TERMS, *SMALL)
+
+
 def statement(rng: np.random.Generator) -> Sentence:
-    """Any sentence, whatever the image: findings evenly, so that rare ones are spoken of as often as common ones."""
+    """Any sentence, whatever the image: rare findings are spoken of as often as common ones, small ones more often."""
     chance = rng.random()
-    if chance < 0.28:
+    if chance < 0.25:
         return technique(rng)
-    if chance < 0.33:
+    if chance < 0.30:
         return overall(rng, bool(rng.random() < 0.5))
-    names = tuple(TERMS)
-    name = names[int(rng.integers(len(names)))]
+    name = _pick(rng, SPOKEN)
     return absent(rng, name) if rng.random() < 0.2 else present(rng, name)
 
 

@@ -21,9 +21,9 @@ from medsae.encoders.base import EncoderInfo
 from medsae.encoders.phantom_text import LENGTH, PAD, WordTokenizer, concept_vocabulary, zero_shot_prompts
 from medsae.errors import WeightsError
 
-SIZE = 160
+SIZE = 192
 DIM = 64
-PREPROCESSING = "pad to a black square, bicubic to 160 x 160, uint8; (x / 255 - 0.45) / 0.25 on the device"
+PREPROCESSING = "pad to a black square, bicubic to 192 x 192, uint8; (x / 255 - 0.45) / 0.25 on the device"
 FILES = Path(__file__).parent
 NOTICE = "phantom-clip is a small stand-in encoder trained on synthetic radiographs: it says nothing about clinical images."
 
@@ -56,26 +56,29 @@ class Residual(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Strided convolutions to 5 x 5, then one linear map that knows where things are, beside the strongest response anywhere."""
+    """Convolutions at 48, 24, 12 and 6 places a side; then what is where, and the strongest responses of each quarter and of each side.
+
+    Small findings (a nodule, a broken rib, a catheter) are few places of a fine map: the strongest response finds them, an average would drown them.
+    """
 
     def __init__(self, dim: int = DIM) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(
-            # A wide first step keeps the expensive early layers small: 40 x 40 places, 64 pixels each.
-            _convolution(1, 32, 8, 4),
-            _convolution(32, 48, 3, 2),
-            _convolution(48, 96, 3, 2),
-            Residual(96),
-            _convolution(96, 128, 3, 2),
-            Residual(128),
-        )
-        self.squeeze = _convolution(128, 48, 1)
-        self.head = nn.Linear(48 * 25 + 128, dim)
+        # Four by four pixels become channels: nothing is averaged away before the first convolution, and it is as cheap as one of stride 4.
+        self.stem = nn.Sequential(nn.PixelUnshuffle(4), _convolution(16, 32))
+        self.fine = nn.Sequential(_convolution(32, 64, 3, 2), Residual(64))
+        self.middle = nn.Sequential(_convolution(64, 128, 3, 2), Residual(128))
+        self.coarse = nn.Sequential(_convolution(128, 128, 3, 2), Residual(128), _convolution(128, 48, 1))
+        self.mix = nn.Linear(48 * 36 + 128 * 4 + 64 * 2, 256, bias=False)
+        self.norm = nn.BatchNorm1d(256)
+        self.head = nn.Linear(256, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """float [B, 1, 160, 160], standardised, to [B, dim]."""
-        maps = self.trunk(x)
-        return self.head(torch.cat([self.squeeze(maps).flatten(1), maps.amax((2, 3))], 1))
+        """float [B, 1, 192, 192], standardised, to [B, dim]."""
+        fine = self.fine(self.stem(x))
+        middle = self.middle(fine)
+        quarters, sides = F.adaptive_max_pool2d(middle, (2, 2)), F.adaptive_max_pool2d(fine, (1, 2))
+        features = torch.cat([self.coarse(middle).flatten(1), quarters.flatten(1), sides.flatten(1)], 1)
+        return self.head(F.relu(self.norm(self.mix(features))))
 
 
 class TextBlock(nn.Module):
@@ -182,13 +185,11 @@ class PhantomCLIP:
             embedded = weights in (None, "auto")
             path = FILES / "phantom_clip.safetensors" if embedded else Path(str(weights)).expanduser()
             digest, source = self._load(path, sha256 or (card["sha256"] if embedded else None)), "embedded" if embedded else path.name
-        if dtype == "auto":
-            dtype = "bfloat16" if self.device.type == "cuda" else "float32"
-        self.dtype: torch.dtype = getattr(torch, dtype)
+        self.dtype = checkpoints.resolve_dtype(dtype, self.device)
         self.model = self.model.to(self.device)
         self.model.image.to(dtype=self.dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
         notice = NOTICE if self.trained else f"UNTRAINED phantom-clip (random weights, seed {seed}): these figures mean nothing."
-        mark = fingerprint({"name": self.name, "weights": digest or source, "preprocessing": PREPROCESSING, "dtype": dtype})
+        mark = fingerprint({"name": self.name, "weights": digest or source, "preprocessing": PREPROCESSING})
         self._info = EncoderInfo(self.name, DIM, self.trained, source, digest, mark, notice)
 
     def _load(self, path: Path, sha256: str | None) -> str:
@@ -211,7 +212,7 @@ class PhantomCLIP:
         return self._info
 
     def encode(self, pixels: np.ndarray) -> np.ndarray:
-        """uint8 [B, 160, 160] to float32 [B, 64], unit norm."""
+        """uint8 [B, 192, 192] to float32 [B, 64], unit norm."""
         with torch.inference_mode():
             grey = torch.from_numpy(np.require(pixels, requirements=["C", "W"])).to(self.device, non_blocking=True)
             x = standardise(grey).to(self.dtype).contiguous(memory_format=torch.channels_last)
