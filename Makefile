@@ -2,6 +2,8 @@ PYTHON ?= python3.11
 RUN := .venv/bin
 JOBS ?= 2
 export RAY_AUTH_MODE ?= disabled
+# Compiled modules are kept even where the environment says not to: Ray starts dozens of processes, each of which would compile all it imports.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test lint format setup setup-dev clean
 

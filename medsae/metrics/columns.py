@@ -12,6 +12,8 @@ DENSE_SHARE = 0.08
 columns keeps large offsets from cancelling."""
 MOSTLY = 0.5
 """Activations with more nonzeros than this share are kept as a matrix."""
+BLOCK = 2**17
+"""Activations that are compressed at a time (half a megabyte of float32)."""
 
 
 def as_array(activations: Any) -> np.ndarray:
@@ -24,14 +26,28 @@ def as_array(activations: Any) -> np.ndarray:
     return array
 
 
-def compress(array: np.ndarray) -> sp.csr_matrix:
-    """The nonzeros of activations [n, m], values as they are."""
+def compress(array: np.ndarray, at_most: float = 1.0) -> sp.csr_matrix | None:
+    """The nonzeros of activations [n, m], values as they are; None where they are more than the share `at_most` of all.
+
+    Reads the matrix once, in blocks of rows whose mask and indices stay in the processor's cache.
+    """
     n, m = array.shape
-    flat = np.flatnonzero(array != 0)  # on a mask this is several times faster than on floats
-    start = np.searchsorted(flat, np.arange(0, (n + 1) * m, m)) if m else np.zeros(n + 1, np.int64)
-    values = array.reshape(-1)[flat]
-    flat -= np.repeat(np.arange(0, n * m, m), np.diff(start)) if m else 0
-    return sp.csr_matrix((values, flat.astype(np.int32), start), shape=(n, m))
+    if not array.size:
+        return sp.csr_matrix((n, m), dtype=array.dtype)
+    step = max(1, BLOCK // m)
+    columns, values, counts, found = [], [], [np.zeros(1, np.int64)], 0
+    for first in range(0, n, step):
+        block = np.ascontiguousarray(array[first : first + step])
+        flat = np.flatnonzero(block != 0)  # on a mask this is several times faster than on floats
+        found += len(flat)
+        if found > at_most * array.size:
+            return None
+        edges = np.searchsorted(flat, np.arange(0, block.size + 1, m))
+        counts.append(np.diff(edges))
+        values.append(block.reshape(-1)[flat])
+        flat -= np.repeat(np.arange(0, block.size, m), counts[-1])
+        columns.append(flat.astype(np.int32))
+    return sp.csr_matrix((np.concatenate(values), np.concatenate(columns), np.cumsum(np.concatenate(counts))), shape=(n, m))
 
 
 def as_rows(activations: Any) -> Any:
@@ -39,7 +55,8 @@ def as_rows(activations: Any) -> Any:
     if sp.issparse(activations):
         return activations.tocsr()
     array = as_array(activations)
-    return array if np.count_nonzero(array) > MOSTLY * array.size or len(array) < 4 else compress(array)
+    rows = compress(array, MOSTLY) if len(array) >= 4 else None
+    return array if rows is None else rows
 
 
 class Columns:

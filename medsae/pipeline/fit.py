@@ -9,7 +9,8 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -59,34 +60,38 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
     held = None if streamed else hold(run, where, encoder.get("dim"), config.seed)
     with ray_session(config.ray):
         gpus, workers = cluster_gpus(config.ray), config.ray.train_workers
-        _check_workers(workers, gpus, streamed)
+        groups = deal(config.sae, config.fit.parallel)
+        _check_workers(workers, gpus, streamed, len(groups))
         lanes = workers * -(-LANES // workers)
         given: Stream | HeldInputs = held or survey(run, where, encoder.get("dim"), config.seed, config.fit.window, lanes)
-        name = fingerprint([given.digest, config.seed, [s.model_dump(mode="json") for s in config.sae]])
         about = {"encoder": encoder, "scale": given.scaling.scale, "training_samples": given.samples, "seed": config.seed, "order": given.told}
         arguments = {
             "given": given.put() if isinstance(given, HeldInputs) else given,
             "plans": {size: given.plan(size) for size in {s.batch_size for s in config.sae}},
-            "saes": [s.model_dump(mode="json") for s in config.sae],
             "seed": config.seed,
             "run": run,
             "trackers": config.fit.trackers,
-            "name": name,
+            "side_by_side": len(groups),
             "metadata": about,
         }
         del held
-        result = fit_on_ray(arguments, name, run, workers, gpus)
-    if "error" in result:
-        raise MedSAEError(result["error"])
-    outputs = dict(result["outputs"])
-    outputs["sae/frontier.json"] = run.write_json("sae/frontier.json", result["results"])
+        clock = time.perf_counter()
+        returned = fit_groups(arguments, groups, run, workers, gpus)
+        seconds = time.perf_counter() - clock if len(groups) > 1 else returned[0].get("seconds", 0.0)
+    for result in returned:
+        if "error" in result:
+            raise MedSAEError(result["error"])
+    found = {figures["name"]: figures for result in returned for figures in result["results"]}
+    frontier = [found[s.name] for s in config.sae]
+    outputs = {path: digest for result in returned for path, digest in result["outputs"].items()}
+    outputs["sae/frontier.json"] = run.write_json("sae/frontier.json", frontier)
     run.delete(SCRATCH)
     counts = {
         "samples": given.samples,
         "width": given.dim,
         "saes": len(config.sae),
-        "train_seconds": result["seconds"],
-        "frontier": result["results"],
+        "train_seconds": round(seconds, 3),
+        "frontier": frontier,
     }
     return StageResult(counts=counts, outputs=outputs)
 
@@ -136,29 +141,56 @@ def is_streamed(config: RunConfig, run: RunDir) -> bool:
     return size > limit
 
 
-def _check_workers(workers: int, gpus: int, streamed: bool) -> None:
+def deal(saes: Sequence[SAEConfig], hands: int) -> list[list[SAEConfig]]:
+    """The SAEs in at most `hands` groups of about equal work: the largest first, each to the group that has the least so far."""
+    groups: list[list[SAEConfig]] = [[] for _ in range(min(hands, len(saes)))]
+    work = [0] * len(groups)
+    for sae in sorted(saes, key=lambda s: -s.dict_size * s.epochs):
+        least = work.index(min(work))
+        groups[least].append(sae)
+        work[least] += sae.dict_size * sae.epochs
+    return groups
+
+
+def _check_workers(workers: int, gpus: int, streamed: bool, side_by_side: int) -> None:
     """Ray Train waits without end for what a cluster does not have; an autoscaled cluster may still grow, so only a cluster of one node is refused."""
     if len(ray.nodes()) != 1:
         return
     cpus = int(ray.cluster_resources().get("CPU", 0))
     have = gpus or cpus
-    if workers > have:
-        raise ConfigError(f"ray.train_workers = {workers}, but the cluster has {have} {'GPUs' if gpus else 'CPUs'}; lower it, or raise ray.num_cpus")
-    if streamed and workers >= cpus:
-        raise ConfigError(
-            f"ray.train_workers = {workers} of {cpus} CPUs leave none to read embeddings that are streamed; lower it, or raise ray.num_cpus"
-        )
+    asked = f"ray.train_workers = {workers}" + (f" for each of {side_by_side} trainings (fit.parallel)" if side_by_side > 1 else "")
+    if workers * side_by_side > have:
+        raise ConfigError(f"{asked}, but the cluster has {have} {'GPUs' if gpus else 'CPUs'}; lower it, or raise ray.num_cpus")
+    if streamed and workers * side_by_side >= cpus:
+        raise ConfigError(f"{asked}: of {cpus} CPUs that leaves none to read embeddings that are streamed; lower it, or raise ray.num_cpus")
+
+
+def fit_groups(arguments: dict[str, Any], groups: list[list[SAEConfig]], run: RunDir, workers: int, gpus: int) -> list[dict[str, Any]]:
+    """One Ray Train run a group, all at the same time; returns what each returned, in order. Each is resumed by its own name."""
+    tasks = []
+    for group in groups:
+        saes = [s.model_dump(mode="json") for s in group]
+        name = fingerprint([arguments["given"].digest, arguments["seed"], saes])
+        # Whether a lost worker can be replaced is Ray's to know; a user's error comes back as a value, because it would only happen again.
+        tasks.append(({**arguments, "saes": saes, "name": name, "done": ray.remote(num_cpus=0)(Done).remote()}, name, run, workers, gpus))
+    with _shown([t[0]["done"] for t in tasks], sum(passes(t[0]) for t in tasks)):
+        if len(tasks) == 1:  # in the main thread, where Ray Train can handle an interrupt
+            returned = [fit_on_ray(*tasks[0])]
+        else:
+            with ThreadPoolExecutor(len(tasks)) as pool:
+                returned = list(pool.map(lambda task: fit_on_ray(*task), tasks))
+    for task in tasks:
+        ray.kill(task[0]["done"])
+    return returned
 
 
 def fit_on_ray(
     arguments: dict[str, Any], name: str, run: RunDir, workers: int, gpus: int, worker: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
     """One Ray Train run; returns what rank 0 returned. The same name finds the checkpoints of an interrupted run."""
-    # Whether a lost worker can be replaced is Ray's to know; a user's error comes back as a value, because it would only happen again.
-    done = ray.remote(num_cpus=0)(Done).remote()
     trainer = TorchTrainer(
         worker or train_worker,
-        train_loop_config={**arguments, "done": done},
+        train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
         run_config=ray.train.RunConfig(
@@ -170,9 +202,7 @@ def fit_on_ray(
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    with _shown(done, passes(arguments)):
-        returned = trainer.fit().return_value
-    ray.kill(done)
+    returned = trainer.fit().return_value
     assert isinstance(returned, dict)
     return returned
 
@@ -185,7 +215,7 @@ def passes(arguments: dict[str, Any]) -> int:
 
 
 @contextlib.contextmanager
-def _shown(done: Any, total: int) -> Iterator[None]:
+def _shown(done: list[Any], total: int) -> Iterator[None]:
     """A progress bar of what the workers have done, while they do it."""
     stop = threading.Event()
     bar = progress(total, "fit", "sample")
@@ -193,7 +223,7 @@ def _shown(done: Any, total: int) -> Iterator[None]:
     def poll() -> None:
         while not stop.wait(0.5):
             try:
-                bar.update(ray.get(done.get.remote(), timeout=5) - bar.n)
+                bar.update(sum(ray.get([d.get.remote() for d in done], timeout=5)) - bar.n)
             except ray.exceptions.RayError:
                 continue
 
@@ -213,14 +243,19 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # Ray gives a process of one logical CPU one thread; the cores of the node are for the workers on it.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (context.get_local_world_size() * arguments["side_by_side"])))
     collective = Collective()
     seed, run = arguments["seed"], arguments["run"]
     configs = [SAEConfig.model_validate(s) for s in arguments["saes"]]
     given = arguments["given"]
     clock = time.perf_counter()
     try:
-        check_memory(configs, (given.samples if isinstance(given, HeldInputs) else 0, given.dim), device, context.get_local_world_size())
+        check_memory(
+            configs,
+            (given.samples if isinstance(given, HeldInputs) else 0, given.dim),
+            device,
+            context.get_local_world_size() * arguments["side_by_side"],
+        )
         source = given.open(device)
         plans, workspace = arguments["plans"], Workspace()
         trainers = [Trainer(c, given.dim, given.samples, seed, given.center, device, collective, plans[c.batch_size], workspace) for c in configs]

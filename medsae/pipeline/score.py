@@ -46,7 +46,7 @@ class Scorer:
     table: Table
     judges: list[Judge] = field(default_factory=list)
     intruder: IntruderJudge | None = None
-    counts: Counter[str] = field(default_factory=Counter)
+    counts: Counter[str] = field(default_factory=lambda: Counter(scored=0, failures=0))
 
 
 def run(config: RunConfig, run: RunDir) -> StageResult:

@@ -129,5 +129,7 @@ class FitConfig(Section):
     """Embeddings whose files are larger than this, in GiB, are streamed from them instead of held in memory; 0 always streams. Default: an eighth of the machine's memory."""
     window: int = Field(131_072, gt=0)
     """Samples that are shuffled together when embeddings are streamed."""
+    parallel: int = Field(1, ge=1, le=1024)
+    """The SAEs are dealt to this many trainings that run side by side, each with `ray.train_workers` workers of its own. 1: all share one pass."""
     trackers: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """Where the training log goes beside `training.jsonl`; each must be installed."""

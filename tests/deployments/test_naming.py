@@ -104,7 +104,7 @@ def configured(config: RunConfig, service: str, **name: object) -> RunConfig:
         "max_tokens": 600,
         **name,
     }
-    tree["score"] |= {"methods": ["detection", "intruder"], "images": 5, "neurons": 4}
+    tree["score"] |= {"methods": ["detection", "intruder"], "images": 5, "neurons": 16}
     return validate_config(tree)
 
 
@@ -267,11 +267,13 @@ def test_two_hundred_neurons_are_named_through_the_death_of_the_job_and_of_the_e
     assert again.counts["requests"] == 0
 
 
-def test_names_of_the_engine_are_scored(planted: tuple[RunConfig, RunDir], service: str) -> None:
+def test_the_engine_scores_names(planted: tuple[RunConfig, RunDir], service: str) -> None:
     config, run = planted
+    name_stage.run(configured(config, service, namer="label"), run)  # random weights may have named nothing
     config = configured(config, service)
     result = score.run(config, run)
     rows = run.read_table("scores/standard.parquet").to_pylist()
+    assert result.counts["scored"] > 0
     assert result.counts["failures"] == 0
     assert {r["method"] for r in rows} == {"detection", "intruder"}
     # A model with random weights cannot tell images apart by a name.

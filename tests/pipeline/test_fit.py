@@ -195,16 +195,23 @@ def test_what_is_streamed_follows_the_size_of_the_files(tmp_path: Path) -> None:
         assert fit.is_streamed(validate_config({"run": run.uri, "fit": {"hold_gb": limit}}), run) is streamed
 
 
+def test_saes_are_dealt_by_their_work() -> None:
+    sizes = {"a": 64, "b": 512, "c": 256, "d": 256, "e": 32}
+    saes = [SAEConfig(name=name, dict_size=size) for name, size in sizes.items()]
+    assert [[s.name for s in group] for group in fit.deal(saes, 2)] == [["b", "e"], ["c", "d", "a"]]
+    assert [len(group) for group in fit.deal(saes, 9)] == [1] * 5
+
+
 # --- on Ray Train ----------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
-def test_stage_gives_what_one_process_gives(tmp_path: Path, ray_cluster: None, workers: int) -> None:
+@pytest.mark.parametrize(("workers", "parallel"), [(1, 1), (2, 1), (1, 2)])
+def test_stage_gives_what_one_process_gives(tmp_path: Path, ray_cluster: None, workers: int, parallel: int) -> None:
     run = make_run(tmp_path)
     c = config(run, train_workers=workers)
-    result = fit.run(c.model_copy(update={"fit": FitConfig(trackers=("tensorboard",))}), run)
+    result = fit.run(c.model_copy(update={"fit": FitConfig(trackers=("tensorboard",), parallel=parallel)}), run)
     files = {
         f"sae/{name}/{file}" for name in ("standard", "batch_topk", "jumprelu") for file in ("cfg.json", "sae_weights.safetensors", "training.jsonl")
     }
