@@ -34,6 +34,8 @@ class NameConfig(Section):
     """Longest side, in pixels, of the images that are sent."""
     metadata: list[Literal["view", "projection", "sex", "age"]] = Field(default_factory=list)
     """Columns told beside each image. They can name the answer by themselves: the names are marked, and scored without them."""
+    columns: list[str] = Field(default_factory=list)
+    """Further columns of the CSV that are told beside each image, such as its report (the first 500 characters). As with `metadata`, names are marked."""
     prompt: str | None = None
     """Prompt file: one of the package's, or a path. Default: `name-v1`, with `contrast` `contrast-v1`."""
     concurrency: int = Field(32, gt=0)

@@ -11,12 +11,15 @@ import scipy.sparse as sp
 
 from medsae.artifacts import RAW, Embeddings, RunDir, embedding_parts, label_names, read_part
 from medsae.config import RunConfig
-from medsae.errors import ArtifactError, MedSAEError
+from medsae.data.manifest import read_columns
+from medsae.errors import ArtifactError, DataError, MedSAEError
 from medsae.metrics.labels import apply_policy, as_binary
 from medsae.naming.exemplars import Images, naming_half, rectify, unit_centred
 from medsae.progress import progress
 
 PARTS_PER_TASK = 8
+TOLD = 500
+"""Characters of a CSV column that are told of an image."""
 
 
 @dataclass(frozen=True)
@@ -32,11 +35,12 @@ def _split(config: RunConfig) -> str | None:
     return None if config.measure.split == "all" else config.measure.split
 
 
-def read_images(config: RunConfig, run: RunDir, facts: Sequence[str] = ()) -> Table:
-    """The images of the measured split, in the order of the parts; `facts` are columns to tell of each image.
+def read_images(config: RunConfig, run: RunDir, facts: Sequence[str] = (), columns: Sequence[str] = ()) -> Table:
+    """The images of the measured split, in the order of the parts; `facts` are fields of the embeddings' table, `columns` of the CSV, to tell of each image.
 
     Raises:
         ArtifactError: there is none.
+        DataError: a column of the CSV is missing, or says nothing about any of the images.
     """
     names = label_names(run)
     parts = [read_part(run, p, names, _split(config)) for p in embedding_parts(run)]
@@ -50,16 +54,28 @@ def read_images(config: RunConfig, run: RunDir, facts: Sequence[str] = ()) -> Ta
     patients = column("patient_id")
     x = unit_centred(np.concatenate([p.x for p in parts]))
     told = None
-    if facts:
-        columns = [column(f) for f in facts]
-        told = np.array(
-            [", ".join(f"{f} {v}" for f, v in zip(facts, row, strict=True) if v not in ("", "nan")) for row in zip(*columns, strict=True)]
-        )
+    if facts or columns:
+        known = {f: column(f).tolist() for f in facts} | _of_csv(config, columns, column("image_id").tolist())
+        rows = zip(*known.values(), strict=True)
+        told = np.array([", ".join(f"{f} {v}" for f, v in zip(known, row, strict=True) if v not in ("", "nan")) for row in rows])
     # Numbers instead of names: they are compared for every neuron.
     _, codes = np.unique(patients, return_inverse=True)
     images = Images(column("image_id"), column("path"), codes, x, naming_half(patients, config.seed), told)
     targets = np.concatenate([as_binary(apply_policy(p.labels, config.data.uncertain, config.data.blank)) for p in parts])
     return Table(images, targets, names)
+
+
+def _of_csv(config: RunConfig, columns: Sequence[str], image_ids: list[str]) -> dict[str, list[str]]:
+    """What the CSV says of images in some columns, cut to `TOLD` characters; '' where it says nothing."""
+    if not columns:
+        return {}
+    ids, values = read_columns(config.data, list(columns))
+    row = {image: i for i, image in enumerate(ids)}
+    if not set(image_ids) & set(row):
+        raise DataError(
+            f"name.columns: the CSV files of {config.data.root} say nothing about any of the measured images; is data.root the right one?"
+        )
+    return {c: [" ".join(values[c][row[i]].split())[:TOLD] if i in row else "" for i in image_ids] for c in columns}
 
 
 def _columns(run: RunDir, target: str, neurons: np.ndarray, split: str | None, parts: list[str]) -> sp.csc_matrix:

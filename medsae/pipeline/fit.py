@@ -162,7 +162,7 @@ def _check_workers(workers: int, gpus: int, streamed: bool, side_by_side: int) -
     if workers * side_by_side > have:
         raise ConfigError(f"{asked}, but the cluster has {have} {'GPUs' if gpus else 'CPUs'}; lower it, or raise ray.num_cpus")
     if streamed and workers * side_by_side >= cpus:
-        raise ConfigError(f"{asked}: of {cpus} CPUs that leaves none to read embeddings that are streamed; lower it, or raise ray.num_cpus")
+        raise ConfigError(f"{asked} of {cpus} CPUs leave none to read embeddings that are streamed; lower it, or raise ray.num_cpus")
 
 
 def fit_groups(arguments: dict[str, Any], groups: list[list[SAEConfig]], run: RunDir, workers: int, gpus: int) -> list[dict[str, Any]]:

@@ -166,14 +166,15 @@ def _service_namer(config: RunConfig, run: RunDir, stack: ExitStack) -> Maker:
     settings = config.name
     if not config.data.root:
         raise ConfigError("data.root is not set: the naming service is shown the images under it")
-    if settings.metadata:
-        log.warning("name.metadata tells the model %s beside the images: a name may repeat what it was told", ", ".join(settings.metadata))
+    told = [*settings.metadata, *settings.columns]
+    if told:
+        log.warning("the model is told %s beside the images (name.metadata, name.columns): a name may repeat what it was told", ", ".join(told))
     prompt = load_prompt(settings.prompt or ("contrast-v1" if settings.recipe == "contrast" else "name-v1"), NAME_ANSWER)
     stack.enter_context(ray_session(config.ray))
-    table = read_images(config, run, settings.metadata)
+    table = read_images(config, run, settings.metadata, settings.columns)
     url = service_url(config, stack)
     store = ImageStore(config.data.root, settings.image_size)
-    namer = ChatNamer(lambda: client(config, url), prompt, store, settings.model, settings.max_tokens, settings.metadata)
+    namer = ChatNamer(lambda: client(config, url), prompt, store, settings.model, settings.max_tokens, told)
 
     def make(target: str, rows: list[Row]) -> tuple[Namer, list[Subject]]:
         z = read_activations(config, run, target, [row["neuron"] for row in rows])

@@ -9,7 +9,7 @@ import pytest
 
 from medsae.artifacts import RunDir
 from medsae.config import RunConfig, validate_config
-from medsae.errors import ArtifactError, ConfigError, ServiceError
+from medsae.errors import ArtifactError, ConfigError, DataError, ServiceError
 from medsae.naming.answers import AnswerLog
 from medsae.pipeline import measure, name, score
 from tests.support.planted import BRIEF, LABELS, write_planted
@@ -183,6 +183,25 @@ def test_what_is_told_beside_the_images_is_warned_of_and_marked(
     score.run(with_service(config, url, metadata=["sex", "projection"], neurons=4), run)
     assert script.bodies
     assert not any("AP" in part["text"] for body in script.bodies for part in body["messages"][0]["content"] if part["type"] == "text")
+
+
+def test_reports_of_the_csv_are_told_beside_the_images(measured: tuple[RunConfig, RunDir], url: str, script: Script, tmp_path: Path) -> None:
+    config, run = measured
+    fresh(run)
+    reports = Path(config.data.root) / "train.csv"
+    files = sorted(p.name for p in Path(config.data.root).glob("*.png"))
+    reports.write_text("Path,Report\n" + "".join(f'{f},"No change, {f}.\nStable. {"x" * 600}"\n' for f in files))
+    try:
+        name.run(with_service(config, url, metadata=["projection"], columns=["Report"], neurons=2), run)
+        told = [part["text"] for part in script.bodies[0]["messages"][0]["content"] if part["type"] == "text"][1:-1]
+        assert all("projection AP, Report No change, 0" in text and ".png. Stable. x" in text and len(text) < 600 for text in told), told
+        with pytest.raises(DataError, match="Remarks"):
+            name.run(with_service(config, url, columns=["Remarks"], neurons=2), run)
+        reports.write_text("Path,Report\nelsewhere.png,text\n")
+        with pytest.raises(DataError, match="say nothing about any of the measured images"):
+            name.run(with_service(config, url, columns=["Report"], neurons=2), run)
+    finally:
+        reports.unlink()
 
 
 def test_errors_say_what_to_do(measured: tuple[RunConfig, RunDir], tmp_path: Path) -> None:
