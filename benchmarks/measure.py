@@ -200,11 +200,10 @@ def peers(dim: int, neurons: int) -> Iterator[dict[str, Any]]:
         z = dictionary(dim, m).encode(rng.standard_normal((n, dim)).astype(np.float32))
         y = (rng.random((n, 14)) < 0.2).astype(np.float64)
         ours, got = timed(lambda z=z, y=y, m=m: one_pass(Moments(m, 14), z, y))
-        stacked = np.concatenate([z.T.astype(np.float64), y.T])
         with np.errstate(invalid="ignore", divide="ignore"):  # dead neurons
-            theirs, want = timed(lambda stacked=stacked, m=m: np.corrcoef(stacked)[:m, m:])
+            theirs, want = timed(lambda z=z, y=y, m=m: np.corrcoef(np.concatenate([z.T.astype(np.float64), y.T]))[:m, m:])
         worst = float(np.nanmax(np.abs(got - want)))
-        del stacked, want
+        del want
         yield {
             "what": "correlation",
             "images": n,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import scipy.sparse as sp
 
 from medsae.metrics.columns import Columns, as_columns
 
@@ -18,6 +19,8 @@ UNSAFE = 1e-2
 """A variance below this share of the mean square is computed again about its own mean."""
 BLOCK = 512
 """Neurons whose co-moments are worked on at once, so that what is made on the way stays in the cache."""
+STRIP = 32
+"""Targets whose sparse products are taken at once."""
 
 
 class Moments:
@@ -100,6 +103,16 @@ def _chop(m2: np.ndarray, square: np.ndarray) -> np.ndarray:
     return np.where(m2 <= 64 * EPS * square, 0.0, m2)
 
 
+def _product(s: sp.csr_matrix, y: np.ndarray) -> np.ndarray:
+    """s @ y [m, T]. Wide y is taken in strips that stay in the processor's cache while the rows of s jump about in them."""
+    if y.shape[1] <= 2 * STRIP:
+        return np.asarray(s @ y)
+    out = np.empty((s.shape[0], y.shape[1]))
+    for start in range(0, y.shape[1], STRIP):
+        out[:, start : start + STRIP] = s @ np.ascontiguousarray(y[:, start : start + STRIP])
+    return out
+
+
 def _of_batch(columns: Columns, y: np.ndarray) -> Moments:
     """The state of one batch, two-pass in its dense columns."""
     out = Moments(columns.m, y.shape[1])
@@ -124,7 +137,7 @@ def _of_batch(columns: Columns, y: np.ndarray) -> Moments:
         total, square = s @ mask, q @ mask
         out.mean = total / safe
         out.m2 = _chop(square - total * out.mean, square)
-        out.co = s @ yc
+        out.co = _product(s, yc)
         out.scale = abs(s).max(axis=1).toarray()
         # Few of a label's images may all lie among the few active ones: then the subtraction above loses digits.
         unsafe = np.flatnonzero(((out.m2 < UNSAFE * square) & (out.n > 1)).any(1))

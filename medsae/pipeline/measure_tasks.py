@@ -30,7 +30,7 @@ from medsae.progress import progress
 PARTS_PER_TASK = 8
 ARITY = 4
 """Partials merged by one task of the tree."""
-BLOCK_BYTES = 16 * 2**20
+BLOCK_BYTES = 4 * 2**20
 BATCH_ENTRIES = 1 << 22
 NULL_ROWS = 2048
 """Images whose permuted labels are in memory at once."""
@@ -155,7 +155,7 @@ def batches(x: np.ndarray, features: Features, rows: int | None) -> Iterator[tup
     while stop < len(x):
         z = as_rows(features.encode(x[stop : stop + step]))
         start, stop = stop, min(stop + step, len(x))
-        step = rows or int(np.clip(BLOCK_BYTES // (4 * z.shape[1]), 256, 16384))
+        step = rows or int(np.clip(BLOCK_BYTES // (4 * z.shape[1]), 128, 16384))
         if blocks and not sp.issparse(z):
             yield slice(begin, start), sp.vstack(blocks, format="csr")
             blocks = []
