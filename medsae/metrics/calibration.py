@@ -18,6 +18,10 @@ from medsae.metrics.targets import KeyedRows
 
 DETECTED = 0.8
 """AUROC of a finding's best neuron on unseen patients from which the finding counts as detected."""
+CARRIED = 0.2
+"""|r| from which a neuron carries something: the rule by which neurons count as alive (arXiv 2510.26411)."""
+MOST = 50
+"""Replicated neurons that are listed for a truth column."""
 SPLIT_SHARE = 0.5
 """A neuron carries a share of a finding when it correlates with it more than with any other and at least this share of the best neuron's |r|."""
 SIDES = ("_left", "_right")
@@ -109,6 +113,14 @@ def reported_auroc(chosen: Selected, activations: dict[int, np.ndarray], truth: 
     return np.asarray(out.mean(0))
 
 
+def replicated(first: np.ndarray, second: np.ndarray) -> list[dict[str, Any]]:
+    """Neurons whose correlations [m] with a truth column reach `CARRIED` with one sign on both halves of the patients, the strongest `MOST` by the weaker half."""
+    first, second = np.nan_to_num(first), np.nan_to_num(second)
+    weaker = np.where(first * second > 0, np.minimum(np.abs(first), np.abs(second)), 0.0)
+    order = np.argsort(-weaker, kind="stable")[:MOST]
+    return [{"neuron": int(j), "r": [round(float(first[j]), 4), round(float(second[j]), 4)]} for j in order if weaker[j] >= CARRIED]
+
+
 def calibration(
     calibrated: Calibrated, chosen: Selected, halves: list[np.ndarray], whole: np.ndarray, truth: np.ndarray, names: list[str], columns: TruthColumns
 ) -> dict[str, Any]:
@@ -132,6 +144,7 @@ def calibration(
         defined = np.isfinite(calibrated.r[k])
         out["r"] = Interval.of(calibrated.r[k], calibrated.draws[:, k]).as_dict() if defined else None
         out["auroc"] = float(calibrated.auroc[k])
+        out["replicated"] = replicated(halves[0][:, k], halves[1][:, k])
         if finding:
             out["positive"] = int(present.sum())
         if k not in rivals:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-CARRIED = 0.2
-"""|r| from which a neuron carries something: the rule by which neurons count as alive (arXiv 2510.26411)."""
+from medsae.metrics.calibration import CARRIED
 
 
 @dataclass(frozen=True)
@@ -59,8 +58,9 @@ PLANTED = (
 """The phantom's findings and nuisances that a name is asked for."""
 
 RULE = (
-    "the neuron of highest |r| with the truth, chosen on one half of the patients and reported on the other, both ways round; it counts where r is at least "
-    f"{CARRIED} and the neuron chosen on either half bears a name that says so"
+    "the neuron of highest |r| with the truth, chosen on one half of the patients and reported on the other, both ways round; its name is right where r is at "
+    f"least {CARRIED} and the neurons of both halves bear a name that says so. It is carried under its name where any neuron with such a name has |r| of at "
+    f"least {CARRIED}, of the right sign, on each half"
 )
 
 
@@ -72,12 +72,13 @@ def planted_names(calibration: Mapping[str, Any], names: Mapping[int, str]) -> d
         names: neuron to name, of those that have one.
 
     Returns:
-        `rule`; `named` of `of`; and `concepts`, each with `name`, `column`, `neurons` (one a half), `r` (as in `calibration.json`, or None), `auroc`,
-        `names` (of these neurons, None where there is none) and `named` (bool).
+        `rule`; `named` and `carried` of `of`; and `concepts`, each with `name`, `column`, `neurons` (one a half), `r` (as in `calibration.json`, or None),
+        `auroc`, `names` (of these neurons, None where there is none), `named` (bool) and `bearer`: the strongest neuron whose name says so (`neuron`, `name`,
+        `r` on each half), or None.
     """
     rows = {row["name"]: row for part in ("findings", "sides", "nuisances") for row in calibration.get(part) or []}
     concepts = [_concept(planted, rows, names) for planted in PLANTED]
-    return {"rule": RULE, "of": len(concepts), "named": sum(c["named"] for c in concepts), "concepts": concepts}
+    return {"rule": RULE, "of": len(concepts), "named": _count(concepts, "named"), "carried": _count(concepts, "bearer"), "concepts": concepts}
 
 
 def _concept(planted: Planted, rows: Mapping[str, Mapping[str, Any]], names: Mapping[int, str]) -> dict[str, Any]:
@@ -86,8 +87,27 @@ def _concept(planted: Planted, rows: Mapping[str, Mapping[str, Any]], names: Map
         return _concept(planted.instead, rows, names)
     r, neurons, signs = row.get("r"), list(row.get("neurons") or []), list(row.get("signs") or [])
     borne = [names.get(n) for n in neurons]
-    says = [
-        name is not None and name.casefold() in (planted.names if sign > 0 else planted.opposite) for name, sign in zip(borne, signs, strict=True)
+    says = [_says(planted, name, sign) for name, sign in zip(borne, signs, strict=True)]
+    bearers = [
+        {"neuron": one["neuron"], "name": names[one["neuron"]], "r": one["r"]}
+        for one in row.get("replicated") or []
+        if _says(planted, names.get(one["neuron"]), one["r"][0])
     ]
-    named = r is not None and r["value"] >= CARRIED and bool(says) and all(says)
-    return {"name": planted.name, "column": planted.column, "neurons": neurons, "r": r, "auroc": row.get("auroc"), "names": borne, "named": named}
+    return {
+        "name": planted.name,
+        "column": planted.column,
+        "neurons": neurons,
+        "r": r,
+        "auroc": row.get("auroc"),
+        "names": borne,
+        "named": r is not None and r["value"] >= CARRIED and bool(says) and all(says),
+        "bearer": bearers[0] if bearers else None,
+    }
+
+
+def _says(planted: Planted, name: str | None, sign: float) -> bool:
+    return name is not None and name.casefold() in (planted.names if sign > 0 else planted.opposite)
+
+
+def _count(concepts: list[dict[str, Any]], key: str) -> int:
+    return sum(bool(c[key]) for c in concepts)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from medsae.encoders.phantom_text import concept_vocabulary
-from medsae.naming.planted import CARRIED, PLANTED, planted_names
+from medsae.metrics.calibration import CARRIED, replicated
+from medsae.naming.planted import PLANTED, planted_names
 
 
 def row(name: str, neurons: tuple[int, int], r: float | None, signs: tuple[int, int] = (1, 1)) -> dict[str, Any]:
@@ -24,6 +27,25 @@ def test_a_neuron_must_carry_it_and_be_called_so_on_both_halves() -> None:
     assert found["effusion"]
     # On one half another neuron is chosen, which has no name; the second is too weak; the third bears another name; the rest was not measured.
     assert [name for name, yes in found.items() if yes] == ["effusion"]
+
+
+def test_a_weaker_neuron_of_the_right_name_carries_it_too() -> None:
+    effusion = row("effusion", (1, 1), 0.6) | {
+        "replicated": [{"neuron": 1, "r": [0.6, 0.6]}, {"neuron": 2, "r": [0.3, 0.25]}, {"neuron": 5, "r": [0.2, 0.2]}]
+    }
+    exposure = row("exposure", (3, 3), 0.6, (-1, -1)) | {"replicated": [{"neuron": 3, "r": [-0.6, -0.5]}, {"neuron": 4, "r": [-0.4, -0.4]}]}
+    names = {1: "female patient", 2: "pleural effusion", 3: "overexposed image", 4: "underexposed image", 5: "right pleural effusion"}
+    told = planted_names({"findings": [effusion], "nuisances": [exposure]}, names)
+    found = {c["name"]: c for c in told["concepts"]}
+    assert (told["named"], told["carried"]) == (0, 2)
+    assert found["effusion"]["bearer"] == {"neuron": 2, "name": "pleural effusion", "r": [0.3, 0.25]}
+    assert found["exposure"]["bearer"] == {"neuron": 4, "name": "underexposed image", "r": [-0.4, -0.4]}
+    assert found["edema"]["bearer"] is None
+
+
+def test_only_what_both_halves_show_is_replicated() -> None:
+    first, second = np.array([0.9, 0.5, -0.3, 0.4, np.nan]), np.array([0.1, 0.4, -0.25, -0.4, 0.9])
+    assert replicated(first, second) == [{"neuron": 1, "r": [0.5, 0.4]}, {"neuron": 2, "r": [-0.3, -0.25]}]
 
 
 def test_the_sign_decides_which_name_is_right() -> None:

@@ -315,16 +315,25 @@ def test_planted_findings(tmp_path: Path) -> None:
     }
     run.write_json("measure/standard/calibration.json", table)
     concepts = [
-        {"name": "effusion", "neurons": [3, 3], "r": interval(0.7, 0.6, 0.8), "auroc": 0.9, "names": ["pleural effusion"] * 2, "named": True},
-        {"name": "sex", "neurons": [4, -1], "r": None, "auroc": None, "names": [None, None], "named": False},
+        {
+            "name": "effusion",
+            "neurons": [3, 3],
+            "r": interval(0.7, 0.6, 0.8),
+            "auroc": 0.9,
+            "names": ["pleural effusion"] * 2,
+            "named": True,
+            "bearer": {"neuron": 3, "name": "pleural effusion", "r": [0.7, 0.6]},
+        },
+        {"name": "sex", "neurons": [4, -1], "r": None, "auroc": None, "names": [None, None], "named": False, "bearer": None},
     ]
     run.write_json(
-        "names/standard.json", {**group_names([(3, "pleural effusion")]), "planted": {"rule": "a rule", "of": 2, "named": 1, "concepts": concepts}}
+        "names/standard.json",
+        {**group_names([(3, "pleural effusion")]), "planted": {"rule": "a rule", "of": 2, "named": 1, "carried": 1, "concepts": concepts}},
     )
     page = render(run, data)
-    planted = {r[0]: r for r in page.rows if len(r) == 6}
-    assert planted["effusion"][1:] == ["#3", "+0.70 (0.60 to 0.80)", "0.90", "pleural effusion", "yes"]
-    assert planted["sex"][1:] == ["#4", "–", "–", "no name", "no"]
+    planted = {r[0]: r for r in page.rows if len(r) == 7}
+    assert planted["effusion"][1:] == ["#3", "+0.70 (0.60 to 0.80)", "0.90", "pleural effusion", "yes", "#3 pleural effusion (0.70, 0.60)"]
+    assert planted["sex"][1:] == ["#4", "–", "–", "no name", "no", "none"]
     text = " ".join(page.text)
     assert "1 of 2 findings found" in text
     assert "ahead of raw features on 1 of 2" in text
