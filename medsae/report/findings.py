@@ -56,6 +56,12 @@ def _cautions(data: ReportData, main: Measured, told: dict[str, Any]) -> str:
         parts.append(
             f"With as many candidates on both sides ({count(equal['candidates'])}) the difference is {signed(equal['correlation'])}, range over draws."
         )
+    untrained = next((c for c in told.get("comparisons") or [] if (c["name"], c["baseline"]) == (told["name"], "baseline-untrained")), None)
+    if untrained:
+        against = untrained["correlation"]
+        plain = (told.get("correlation") or {}).get("low", 0) > 0 and against["low"] <= 0
+        why = ": in correlation, training adds nothing that more candidates do not give" if plain else ""
+        parts.append(f"Against an untrained SAE of the same shape it is {signed(against)}{why}.")
     null = (main.summary.get("null") or {}).get("mean")
     if null and null.get("p") is not None:
         parts.append(

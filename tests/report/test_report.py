@@ -255,10 +255,13 @@ def test_the_headline_claims_what_the_interval_allows(tmp_path: Path, ends: tupl
         "labels_left_out": ["Pneumonia"],
         "equal_candidates": None,
     }
-    run.write_json("measure/headline.json", {**told, "comparisons": [told]})
+    untrained = {**told, "baseline": "baseline-untrained", "correlation": interval(0.01, -0.02, 0.04)}
+    run.write_json("measure/headline.json", {**told, "comparisons": [told, untrained]})
     page = render(run, data)
     text = " ".join(page.text)
     assert words in text.split("Encoder")[0]
+    assert "Against an untrained SAE of the same shape it is +0.01 (−0.02 to 0.04)" in text
+    assert ("training adds nothing" in text) == (ends[0] > 0)
     assert signed(difference) in text
     assert "1 of 14 labels are left out" in text
     assert "comparison" in page.ids
