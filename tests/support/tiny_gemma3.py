@@ -41,8 +41,8 @@ _TEMPLATE = """{{ bos_token }}{% for message in messages %}<start_of_turn>{{ 'mo
 def write_tiny_gemma3(directory: Path, image_size: int = 56, hidden: int = 96, layers: int = 2) -> Path:
     """Writes the directory and returns it. `hidden` (a multiple of 32) and `layers` make it as heavy as a benchmark wants it.
 
-    vLLM's dummy weights are tiny and the embedding is tied, so the model says over and over whichever allowed token lies nearest to the last one: with
-    `hidden` 96 a word of the vocabulary, with 64 a space, which is no name.
+    vLLM's dummy weights are tiny and the embedding is tied, so the model says over and over whichever allowed token lies nearest to the last one: answers
+    follow the schema and name nothing.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import Gemma3Config, Gemma3ImageProcessor, Gemma3Processor, PreTrainedTokenizerFast
