@@ -26,7 +26,7 @@ def as_array(activations: Any) -> np.ndarray:
     return array
 
 
-def compress(array: np.ndarray, at_most: float = 1.0) -> sp.csr_matrix | None:
+def compress(array: np.ndarray, at_most: float) -> sp.csr_matrix | None:
     """The nonzeros of activations [n, m], values as they are; None where they are more than the share `at_most` of all.
 
     Reads the matrix once, in blocks of rows whose mask and indices stay in the processor's cache.

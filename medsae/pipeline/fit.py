@@ -76,7 +76,7 @@ def run(config: RunConfig, run: RunDir) -> StageResult:
         }
         del held
         clock = time.perf_counter()
-        returned = fit_groups(arguments, groups, run, workers, gpus)
+        returned = fit_groups(arguments, groups, workers, gpus)
         seconds = time.perf_counter() - clock if len(groups) > 1 else returned[0].get("seconds", 0.0)
     for result in returned:
         if "error" in result:
@@ -145,10 +145,10 @@ def deal(saes: Sequence[SAEConfig], hands: int) -> list[list[SAEConfig]]:
     """The SAEs in at most `hands` groups of about equal work: the largest first, each to the group that has the least so far."""
     groups: list[list[SAEConfig]] = [[] for _ in range(min(hands, len(saes)))]
     work = [0] * len(groups)
-    for sae in sorted(saes, key=lambda s: -s.dict_size * s.epochs):
+    for size, sae in sorted(((s.dict_size * s.epochs, s) for s in saes), key=lambda pair: -pair[0]):
         least = work.index(min(work))
         groups[least].append(sae)
-        work[least] += sae.dict_size * sae.epochs
+        work[least] += size
     return groups
 
 
@@ -165,36 +165,38 @@ def _check_workers(workers: int, gpus: int, streamed: bool, side_by_side: int) -
         raise ConfigError(f"{asked} of {cpus} CPUs leave none to read embeddings that are streamed; lower it, or raise ray.num_cpus")
 
 
-def fit_groups(arguments: dict[str, Any], groups: list[list[SAEConfig]], run: RunDir, workers: int, gpus: int) -> list[dict[str, Any]]:
+def fit_groups(arguments: dict[str, Any], groups: list[list[SAEConfig]], workers: int, gpus: int) -> list[dict[str, Any]]:
     """One Ray Train run a group, all at the same time; returns what each returned, in order. Each is resumed by its own name."""
-    tasks = []
+    runs = []
     for group in groups:
         saes = [s.model_dump(mode="json") for s in group]
         name = fingerprint([arguments["given"].digest, arguments["seed"], saes])
         # Whether a lost worker can be replaced is Ray's to know; a user's error comes back as a value, because it would only happen again.
-        tasks.append(({**arguments, "saes": saes, "name": name, "done": ray.remote(num_cpus=0)(Done).remote()}, name, run, workers, gpus))
-    with _shown([t[0]["done"] for t in tasks], sum(passes(t[0]) for t in tasks)):
-        if len(tasks) == 1:  # in the main thread, where Ray Train can handle an interrupt
-            returned = [fit_on_ray(*tasks[0])]
+        runs.append({**arguments, "saes": saes, "name": name, "done": ray.remote(num_cpus=0)(Done).remote()})
+    done = [r["done"] for r in runs]
+    with _shown(done, sum(map(passes, runs))):
+        if len(runs) == 1:  # in the main thread, where Ray Train can handle an interrupt
+            returned = [fit_on_ray(runs[0], workers, gpus)]
         else:
-            with ThreadPoolExecutor(len(tasks)) as pool:
-                returned = list(pool.map(lambda task: fit_on_ray(*task), tasks))
-    for task in tasks:
-        ray.kill(task[0]["done"])
+            with ThreadPoolExecutor(len(runs)) as pool:
+                returned = list(pool.map(lambda r: fit_on_ray(r, workers, gpus), runs))
+    for actor in done:
+        ray.kill(actor)
     return returned
 
 
 def fit_on_ray(
-    arguments: dict[str, Any], name: str, run: RunDir, workers: int, gpus: int, worker: Callable[[dict[str, Any]], dict[str, Any]] | None = None
+    arguments: dict[str, Any], workers: int, gpus: int, worker: Callable[[dict[str, Any]], dict[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """One Ray Train run; returns what rank 0 returned. The same name finds the checkpoints of an interrupted run."""
+    """One Ray Train run; returns what rank 0 returned. The same `name` among the arguments finds the checkpoints of an interrupted run."""
+    run = arguments["run"]
     trainer = TorchTrainer(
         worker or train_worker,
         train_loop_config=arguments,
         torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
         scaling_config=ray.train.ScalingConfig(num_workers=workers, use_gpu=gpus > 0),
         run_config=ray.train.RunConfig(
-            name=name,
+            name=arguments["name"],
             storage_path=run.path(SCRATCH),
             storage_filesystem=run.fs,
             failure_config=ray.train.FailureConfig(max_failures=MAX_FAILURES),
@@ -239,23 +241,19 @@ def _shown(done: list[Any], total: int) -> Iterator[None]:
 
 def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker runs: trains from the last checkpoint to the end, publishes, returns figures or an error line."""
-    context = ray.train.get_context()
+    # Workers that may be on this node: its own training's, and as many of each that runs beside it.
+    neighbours = ray.train.get_context().get_local_world_size() * arguments["side_by_side"]
     device = ray.train.torch.get_device()
     if device.type == "cpu":
         # Ray gives a process of one logical CPU one thread; the cores of the node are for the workers on it.
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // (context.get_local_world_size() * arguments["side_by_side"])))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // neighbours))
     collective = Collective()
     seed, run = arguments["seed"], arguments["run"]
     configs = [SAEConfig.model_validate(s) for s in arguments["saes"]]
     given = arguments["given"]
     clock = time.perf_counter()
     try:
-        check_memory(
-            configs,
-            (given.samples if isinstance(given, HeldInputs) else 0, given.dim),
-            device,
-            context.get_local_world_size() * arguments["side_by_side"],
-        )
+        check_memory(configs, (given.samples if isinstance(given, HeldInputs) else 0, given.dim), device, neighbours)
         source = given.open(device)
         plans, workspace = arguments["plans"], Workspace()
         trainers = [Trainer(c, given.dim, given.samples, seed, given.center, device, collective, plans[c.batch_size], workspace) for c in configs]
