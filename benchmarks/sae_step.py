@@ -31,6 +31,8 @@ MATRYOSHKA = [1 / 16, 1 / 16, 1 / 8, 1 / 4, 1 / 2]
 
 
 DEVICE = torch.device("cpu")
+SAMPLES = 223_414
+"""CheXpert's size: two epochs of it must pass without a sign of life before a neuron is dead."""
 
 
 def start(dim: int, neurons: int, k: int) -> Weights:
@@ -48,7 +50,7 @@ def relu_family(name: str) -> bool:
 def medsae(name: str, dim: int, neurons: int, k: int, batch: int, weights: Weights, **options: Any) -> Made:
     given: dict[str, Any] = {"k": k} if "k" in OPTIONS[name] else {}
     config = SAEConfig(architecture=name, dict_size=neurons, batch_size=batch, epochs=10_000, warmup=0, lr=1e-4, **given, **options)  # type: ignore[arg-type]
-    trainer = Trainer(config, dim, batch, device=DEVICE)
+    trainer = Trainer(config, dim, SAMPLES, device=DEVICE, plan=(100, batch))
     with torch.no_grad():
         trainer.sae.W_enc.copy_(weights["w"])
         trainer.sae.W_dec.copy_(weights["w"])

@@ -15,6 +15,8 @@ from torch import Tensor
 
 DENSE_SHARE = 0.04
 """Share of active pairs above which dense products are faster (measured on a CPU)."""
+BLOCK = 16
+"""Neurons of which the largest pre-activation stands for all, where the k largest are looked for."""
 
 with warnings.catch_warnings():
     # PyTorch says once a process that compressed sparse rows are in beta; nobody who runs a stage can act on it.
@@ -41,12 +43,17 @@ class Active(Protocol):
 def preactivations(
     x: Tensor, weight: Tensor, bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype = torch.float32, out: Tensor | None = None
 ) -> Tensor:
-    """(x - shift) W^T + bias, [B, m], without gradient, the product taken in `dtype`; written to `out` where given (but for other dtypes than x's)."""
+    """(x - shift) W^T + bias, [B, m], without gradient, the product taken in `dtype`; written to `out` [B, m] where given (but for other dtypes than x's),
+    which may be the transpose of a contiguous matrix.
+    """
     with torch.no_grad():
         centred = x if shift is None else x - shift
         if dtype != torch.float32:
             product = (centred.to(dtype) @ weight.to(dtype).T).float()
             return product if bias is None else product.add_(bias)
+        if out is not None and out.T.is_contiguous():
+            out = out.T
+            return (torch.mm(weight, centred.T, out=out) if bias is None else torch.addmm(bias.unsqueeze(1), weight, centred.T, out=out)).T
         return torch.mm(centred, weight.T, out=out) if bias is None else torch.addmm(bias, centred, weight.T, out=out)
 
 
@@ -88,15 +95,24 @@ class Dense:
         return torch.gt(values.detach(), 0).any(dim=0)
 
 
+def weighted_sums(rows: Tensor, offsets: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """A sparse matrix in compressed rows (offsets [r + 1], columns and values [nnz]) times dense `rows` [c, d]: [r, d].
+
+    An embedding bag: on a CPU it is several times faster than PyTorch's product of a sparse matrix, which clears and copies its result first.
+    """
+    return torch.embedding_bag(rows, columns, offsets, mode=0, per_sample_weights=values, include_last_offset=True)[0]
+
+
 class Sparse:
     """Some pairs, by sample (compressed sparse rows).
 
     `rows` int64 [B + 1] offsets, `columns` int64 [nnz] neurons, `given` float32 [nnz] pre-activations that are known already, `neurons` m.
+    `by_neuron`, where it is known: offsets [m + 1] of each neuron's pairs, their samples, and where they are among the pairs by sample.
     """
 
-    def __init__(self, rows: Tensor, columns: Tensor, given: Tensor, neurons: int) -> None:
+    def __init__(self, rows: Tensor, columns: Tensor, given: Tensor, neurons: int, by_neuron: tuple[Tensor, Tensor, Tensor] | None = None) -> None:
         self.rows, self.columns, self.given, self.neurons = rows, columns, given, neurons
-        self._transposed: tuple[Tensor, Tensor, Tensor] | None = None
+        self._by_neuron = by_neuron
 
     @property
     def samples(self) -> int:
@@ -106,16 +122,25 @@ class Sparse:
         """The code as a sparse [B, m] matrix."""
         return torch.sparse_csr_tensor(self.rows, self.columns, values, size=(self.samples, self.neurons), check_invariants=False)
 
-    def transposed(self, values: Tensor) -> Tensor:
-        """The code as a sparse [m, B] matrix."""
-        if self._transposed is None:
+    def products(self, left: Tensor, right: Tensor) -> Tensor:
+        """left[i] . right[j] of the pairs (i, j), [nnz]; left [B, d], right [m, d]."""
+        pattern = self.matrix(torch.zeros_like(self.given))
+        return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0, out=pattern).values()
+
+    def sums(self, values: Tensor, weight: Tensor) -> Tensor:
+        """The code times a dense matrix [m, d]: [B, d]."""
+        return weighted_sums(weight, self.rows, self.columns, values)
+
+    def sums_by_neuron(self, values: Tensor, x: Tensor) -> Tensor:
+        """The transposed code times a dense matrix [B, d]: [m, d]."""
+        if self._by_neuron is None:
             columns, order = self.columns.sort(stable=True)
             # Where each neuron's pairs begin. Counting them would make a GPU's host wait.
             offsets = torch.searchsorted(columns, torch.arange(self.neurons + 1, device=columns.device))
             samples = torch.repeat_interleave(torch.arange(self.samples, device=self.rows.device), self.rows.diff(), output_size=len(self.columns))
-            self._transposed = offsets, samples[order], order
-        offsets, samples, order = self._transposed
-        return torch.sparse_csr_tensor(offsets, samples, values[order], size=(self.neurons, self.samples), check_invariants=False)
+            self._by_neuron = offsets, samples[order], order
+        offsets, samples, order = self._by_neuron
+        return weighted_sums(x, offsets, samples, values[order])
 
     def at_least(self, threshold: float) -> Sparse:
         """The pairs whose pre-activation reaches a threshold."""
@@ -153,7 +178,7 @@ class _SparseLinear(torch.autograd.Function):
         active: Sparse = ctx.active
         columns = torch.zeros(active.neurons, dtype=grads[0].dtype, device=x.device).index_add_(0, active.columns, grads[0])
         centred = x if shift is None else x - shift
-        product = active.transposed(grads[0]) @ centred
+        product = active.sums_by_neuron(grads[0], centred)
         return None, None, product, columns if ctx.biased else None, None if shift is None else -(columns @ weight)
 
 
@@ -162,20 +187,15 @@ class _SparseDecode(torch.autograd.Function):
     def forward(ctx: Any, active: Sparse, values: Tensor, weight: Tensor) -> Tensor:
         ctx.active = active
         ctx.save_for_backward(values, weight)
-        return active.matrix(values) @ weight
+        return active.sums(values, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         values, weight = ctx.saved_tensors
         active: Sparse = ctx.active
         grad = grads[0].contiguous()
-        inner = sampled_products(active.matrix(values), grad, weight)
-        return None, inner, active.transposed(values) @ grad
-
-
-def sampled_products(pattern: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """left[i] . right[j] for the pairs (i, j) of a sparse [B, m] pattern; left [B, d], right [m, d]."""
-    return torch.sparse.sampled_addmm(pattern, left, right.T, beta=0.0).values()
+        inner = active.products(grad, weight)
+        return None, inner, active.sums_by_neuron(values, grad)
 
 
 def above(pre: Tensor, threshold: Tensor | float, dense_share: float = DENSE_SHARE) -> Sparse | Dense:
@@ -196,17 +216,74 @@ def sparse_above(pre: Tensor, threshold: Tensor | float) -> Sparse:
 def _pairs(mask: Tensor, pre: Tensor) -> Sparse:
     """Pairs where mask [B, m] is set."""
     samples, neurons = pre.shape
-    flat = mask.view(-1).nonzero().squeeze(1)
-    # Sorted flat indices: a row begins where they reach its first entry. Summing the mask by rows would convert all of it to integers first.
-    rows = torch.searchsorted(flat, torch.arange(0, (samples + 1) * neurons, neurons, device=pre.device))
-    return Sparse(rows, flat % neurons, pre.view(-1)[flat], neurons)
+    if not mask.T.is_contiguous():
+        flat = set_places(mask.reshape(-1))
+        return Sparse(_starts(flat, samples, neurons), flat % neurons, pre.reshape(-1)[flat], neurons)
+    # By neuron first, as pre-activations lie; then by sample.
+    flat = set_places(mask.T.reshape(-1))
+    of_sample = flat % samples
+    rows, order = of_sample.to(torch.int32).sort(stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device)
+    flat, offsets = flat[order], _starts(flat, neurons, samples)
+    starts = torch.searchsorted(rows, torch.arange(samples + 1, dtype=torch.int32, device=rows.device))
+    return Sparse(starts, flat // samples, pre.T.reshape(-1)[flat], neurons, (offsets, of_sample, place))
+
+
+def _starts(flat: Tensor, rows: int, width: int) -> Tensor:
+    """Where each row begins among sorted places of a [rows, width] matrix, [rows + 1]."""
+    return torch.searchsorted(flat, torch.arange(0, (rows + 1) * width, width, device=flat.device))
+
+
+def set_places(mask: Tensor) -> Tensor:
+    """Where a mask [n] is set, int64 ascending. Few are, so words of eight are looked at first on a CPU."""
+    if mask.device.type != "cpu" or len(mask) % 8:
+        return mask.nonzero().squeeze(1)
+    words = mask.view(torch.int64).nonzero().squeeze(1)
+    word, byte = mask.view(-1, 8)[words].nonzero(as_tuple=True)
+    return words[word] * 8 + byte
 
 
 def row_topk(pre: Tensor, k: int) -> Sparse:
     """The k largest pre-activations of each sample."""
+    found = _topk_by_blocks(pre, k) if pre.device.type == "cpu" and pre.T.is_contiguous() else None
+    if found is not None:
+        return found
     values, columns = pre.topk(k, dim=1, sorted=False)
     rows = torch.arange(0, pre.shape[0] * k + 1, k, device=pre.device)
     return Sparse(rows, columns.reshape(-1), values.reshape(-1), pre.shape[1])
+
+
+def _topk_by_blocks(pre: Tensor, k: int) -> Sparse | None:
+    """Exact top-k of pre-activations that lie by neuron; None where blocks do not help (few neurons for k, or NaN).
+
+    Neurons are cut into blocks of BLOCK. At least k of a sample's values reach the k-th largest of its block maxima, so its k largest do too; they are
+    looked for only in the blocks whose maximum reaches it, which are k but for ties.
+    """
+    samples, neurons = pre.shape
+    blocks = neurons // BLOCK
+    if neurons % BLOCK or blocks < 2 * k:
+        return None
+    cut = pre.T.view(BLOCK, blocks, samples)
+    maxima = cut.amax(dim=0)
+    bound = maxima.T.contiguous().topk(k, dim=1, sorted=False).values.amin(dim=1)
+    where = set_places((maxima >= bound).view(-1))
+    values = cut.view(BLOCK, -1).index_select(1, where)
+    sample = where % samples
+    place, pick = (values >= bound[sample]).nonzero(as_tuple=True)
+    row, order = sample[pick].to(torch.int32).sort(stable=True)
+    starts = torch.searchsorted(row, torch.arange(samples + 1, dtype=torch.int32))
+    counts = starts.diff()
+    if int(counts.min()) < k:
+        return None
+    place, pick = place[order], pick[order]
+    padded = torch.full((samples, int(counts.max())), -torch.inf, dtype=pre.dtype)
+    column = torch.arange(len(row)) - starts[:-1].repeat_interleave(counts)
+    padded[row.long(), column] = values[place, pick]
+    top = padded.topk(k, dim=1, sorted=False)
+    chosen = (starts[:-1, None] + top.indices).view(-1)
+    rows = torch.arange(0, samples * k + 1, k)
+    return Sparse(rows, place[chosen] * blocks + where[pick[chosen]] // samples, top.values.view(-1), neurons)
 
 
 def grouped_decode(active: Sparse, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
@@ -231,7 +308,7 @@ class _GroupedDecode(torch.autograd.Function):
             torch.cumsum(torch.bincount(samples[chosen], minlength=active.samples), 0, out=rows[1:])
             part = Sparse(rows, active.columns[chosen] - start, values[chosen], end - start)
             ctx.parts.append((start, end, chosen, part))
-            product = part.matrix(values[chosen]) @ weight[start:end]
+            product = part.sums(part.given, weight[start:end])
             torch.add(product, prefixes[index - 1], out=prefixes[index]) if index else prefixes[index].copy_(product)
         return prefixes
 
@@ -243,6 +320,6 @@ class _GroupedDecode(torch.autograd.Function):
         for index in reversed(range(len(ctx.parts))):
             start, end, chosen, part = ctx.parts[index]
             running += grads[0][index]
-            inner[chosen] = sampled_products(part.matrix(values[chosen]), running, weight[start:end])
-            dense[start:end] = part.transposed(values[chosen]) @ running
+            inner[chosen] = part.products(running, weight[start:end])
+            dense[start:end] = part.sums_by_neuron(part.given, running)
         return None, inner, dense, None

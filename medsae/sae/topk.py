@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
 from medsae.sae.dead import auxk_loss
-from medsae.sae.sparse_ops import Sparse, row_topk, sampled_products
+from medsae.sae.sparse_ops import Sparse, row_topk
 
 
 class TopK(Architecture):
@@ -46,8 +46,7 @@ class TopK(Architecture):
     @torch.no_grad()
     def exact(self, active: Sparse, x: Tensor) -> Sparse:
         """The same pairs with pre-activations in float32."""
-        pattern = active.matrix(active.given)
-        products = sampled_products(pattern, x - self.b_dec, self.W_enc) + self.b_enc[active.columns]
+        products = active.products(x - self.b_dec, self.W_enc) + self.b_enc[active.columns]
         return Sparse(active.rows, active.columns, products, active.neurons)
 
     def export(self) -> tuple[str, dict[str, Tensor], dict[str, float | int]]:
