@@ -26,6 +26,9 @@ from medsae.sae.config import OPTIONS, SAEConfig
 from medsae.sae.source import Held
 from medsae.sae.training import Trainer
 
+SAMPLES = 223_414
+"""CheXpert's size: two epochs of it must pass without a sign of life before a neuron is dead."""
+
 
 def worker(sizes: dict[str, Any]) -> dict[str, float]:
     """The fastest step of each architecture and batch size, ms; a step is as slow as the slowest worker."""
@@ -39,7 +42,7 @@ def worker(sizes: dict[str, Any]) -> dict[str, float]:
         for batch in sizes["batches"]:
             extra: dict[str, Any] = {"k": sizes["k"]} if "k" in OPTIONS[name] else {}
             config = SAEConfig(architecture=name, dict_size=sizes["dict_size"], batch_size=batch, epochs=10_000, warmup=0, lr=1e-4, **extra)
-            trainer = Trainer(config, sizes["dim"], batch, collective=collective)
+            trainer = Trainer(config, sizes["dim"], SAMPLES, collective=collective, plan=(100, batch))
             x = torch.randn(batch, sizes["dim"], generator=torch.Generator().manual_seed(1))
             share = next(Held(x).batches(0, 0, batch, collective.rank, collective.world))
             times = []

@@ -335,11 +335,12 @@ def _resume(trainers: list[Trainer]) -> None:
 def _report(trainers: list[Trainer], rank: int) -> None:
     """Takes a checkpoint; every worker must come here the same number of times."""
     metrics = {t.config.name: t.log[-1]["fvu"] for t in trainers if t.log}
+    states = [t.state_dict() for t in trainers]
     if rank != 0:
         ray.train.report(metrics)
         return
     with tempfile.TemporaryDirectory() as folder:
-        torch.save([t.state_dict() for t in trainers], os.path.join(folder, STATE))
+        torch.save(states, os.path.join(folder, STATE))
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
 

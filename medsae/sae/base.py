@@ -102,18 +102,19 @@ class Architecture(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def constrain_gradients(self) -> None:
-        """Removes from each decoder row's gradient the part that is parallel to the row, where rows have unit norm."""
-        if self.unit_decoder and self.W_dec.grad is not None:
+    def constrain_gradient(self, decoder: nn.Parameter) -> None:
+        """Removes from each row's gradient the part that is parallel to the row, where rows have unit norm; `decoder` is `W_dec` or rows of it."""
+        if self.unit_decoder and decoder.grad is not None:
             # A product of vectors a row: the elementwise product would be a matrix more to write and read.
-            parallel = torch.bmm(self.W_dec.grad.unsqueeze(1), self.W_dec.unsqueeze(2)).squeeze(2)
-            self.W_dec.grad.addcmul_(self.W_dec, parallel, value=-1.0)
+            parallel = torch.bmm(decoder.grad.unsqueeze(1), decoder.unsqueeze(2)).squeeze(2)
+            decoder.grad.addcmul_(decoder, parallel, value=-1.0)
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        """Renormalises decoder rows, where they have unit norm."""
+    def constrain(self, rows: slice = slice(None)) -> None:
+        """Renormalises decoder rows, where they have unit norm: those of the neurons `rows`."""
         if self.unit_decoder:
-            self.W_dec.div_(self.W_dec.norm(dim=1, keepdim=True).clamp_min(1e-12))
+            decoder = self.W_dec[rows]
+            decoder.div_(decoder.norm(dim=1, keepdim=True).clamp_min(1e-12))
 
     def export(self) -> tuple[str, dict[str, Tensor], dict[str, float | int]]:
         """The trained network for inference on scaled inputs: activation (`standard`, `topk`, `jumprelu` or `gated`), float64 tensors with

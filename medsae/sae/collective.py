@@ -36,6 +36,17 @@ class Collective:
             dist.all_reduce(tensor, op=dist.ReduceOp.MIN)
         return tensor
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """In place what rank 0 has."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=0)
+        return tensor
+
+    def barrier(self) -> None:
+        """Returns when all workers have come here."""
+        if self.world > 1:
+            dist.barrier()
+
     def gather(self, tensor: Tensor) -> Tensor:
         """The workers' vectors [n_r] one after the other; lengths may differ."""
         if self.world == 1:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput
 from medsae.sae.sparse_ops import Dense
+from medsae.sae.update import Update
 
 
 def auxk_loss(sae: Architecture, step: StepInput, pre: Tensor, error: Tensor, k_aux: int) -> Tensor:
@@ -39,7 +40,7 @@ def auxk_loss(sae: Architecture, step: StepInput, pre: Tensor, error: Tensor, k_
 
 
 @torch.no_grad()
-def resample(sae: Architecture, optimizer: torch.optim.Optimizer, step: StepInput, error: Tensor, seed: tuple[int, int]) -> int:
+def resample(sae: Architecture, update: Update, step: StepInput, error: Tensor, seed: tuple[int, int]) -> int:
     """Gives dead neurons a new start on badly reconstructed samples (Bricken et al. 2023); returns how many.
 
     For each dead neuron a sample of the global batch is drawn without replacement with probability proportional to ||x - x_hat||^2. Its direction
@@ -69,8 +70,5 @@ def resample(sae: Architecture, optimizer: torch.optim.Optimizer, step: StepInpu
     sae.W_dec[dead] = directions
     sae.b_enc[dead] = 0.0
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
-        state = optimizer.state.get(parameter, {})
-        for moment in ("exp_avg", "exp_avg_sq"):
-            if moment in state:
-                state[moment][dead] = 0.0
+        update.forget(parameter, dead)
     return count

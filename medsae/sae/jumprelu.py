@@ -66,8 +66,8 @@ class JumpReLU(Architecture):
         return StepOutput(total, error.detach(), on.detach().sum(), active.fired(values), {"mse": mse.detach(), "l0": l0.detach()})
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        super().constrain()
+    def constrain(self, rows: slice = slice(None)) -> None:
+        super().constrain(rows)
         self.threshold.clamp_min_(0.0)
 
     def export(self) -> tuple[str, dict[str, Tensor], dict[str, float | int]]:

@@ -19,6 +19,7 @@ from medsae.sae.data import batch_plan
 from medsae.sae.dead import resample
 from medsae.sae.registry import build
 from medsae.sae.source import Held, Source
+from medsae.sae.update import Update
 
 DIVERGED = 1e4
 """FVU of an epoch at which training has diverged (1 is as bad as the mean)."""
@@ -63,18 +64,18 @@ class Trainer:
         collective: Collective | None = None,
         plan: tuple[int, int] | None = None,
         workspace: Workspace | None = None,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """`samples` of the training split, over all workers; `center` [d] starts `b_dec`; `plan` steps an epoch and samples a batch, where the source
-        of the batches cuts them otherwise than `batch_plan`; `workspace` is shared by trainers that take turns.
+        of the batches cuts them otherwise than `batch_plan`; `workspace` is shared by trainers that take turns; `dtype` of parameters and inputs.
         """
         self.config, self.samples, self.seed, self.device = config, samples, seed, torch.device(device)
         self.collective = collective or Collective()
         self.workspace = workspace or Workspace()
         self.steps_per_epoch, self.batch = plan or batch_plan(samples, config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
-        self.sae = build(config, dim, seed, center).to(self.device)
-        self.parameters = list(self.sae.parameters())
-        self.optimizer = torch.optim.Adam(self.parameters, lr=1.0, betas=(config.beta1 or 0.0, 0.999), fused=True)
+        self.sae = build(config, dim, seed, center).to(self.device, dtype)
+        self.update = Update(self.sae, config, self.collective)
         self.step_count = 0
         self.silent = torch.zeros(config.dict_size, dtype=torch.int64, device=self.device)
         self.dead_after = max(1, round((config.dead_epochs or 2.0) * samples))
@@ -103,31 +104,20 @@ class Trainer:
         given = StepInput(x, self.batch, factor, self.dead, self.collective, self.workspace)
         out = self.sae.loss(given)
         out.loss.backward()
-        loss = self.collective.sum_gradients(self.parameters, out.loss.detach())
+        loss = self.update.sum(out.loss.detach())
         if self.device.type == "cpu" and not math.isfinite(float(loss)):
             raise self._divergence(rate)
-        self.sae.constrain_gradients()
-        if self.config.clip is not None:
-            self._clip(self.config.clip)
-        self.optimizer.param_groups[0]["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.sae.constrain()
+        self.update.step(rate)
+        # The message that ends the step: nobody goes on before all have updated their parameters.
         fired = self.collective.max(out.fired.to(torch.uint8)).bool()
         self.silent = torch.where(fired, 0, self.silent + self.batch)
         self.step_count += 1
         if self._resampling_due() and bool(given.dead.any()):
             self.silent[given.dead] = 0
-            self.resampled += resample(self.sae, self.optimizer, given, out.error, (self.seed, self.step_count))
+            self.resampled += resample(self.sae, self.update, given, out.error, (self.seed, self.step_count))
         # A sample's squares are summed in float32 (a product of vectors, which makes no matrix), samples in float64.
         squares = torch.bmm(out.error.unsqueeze(1), out.error.unsqueeze(2))
         self._add(sse=squares.sum(dtype=torch.float64), active=out.active.double(), **{f"term_{k}": v.double() for k, v in out.terms.items()})
-
-    def _clip(self, limit: float) -> None:
-        """Scales gradients down to the norm `limit`; on a CPU those within it are not touched."""
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
-        if self.device.type != "cpu" or float(norm) > limit:
-            torch.nn.utils.clip_grads_with_norm_(self.parameters, limit, norm)
 
     def _resampling_due(self) -> bool:
         every = self.config.resample_epochs
@@ -176,15 +166,14 @@ class Trainer:
         )
 
     def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to be the uninterrupted one, bit for bit on a CPU."""
+        """All that a resumed run needs to be the uninterrupted one, bit for bit on a CPU. All workers must call it."""
         return {
             "config": self.config.model_dump(mode="json"),
             "seed": self.seed,
             "samples": self.samples,
             "batch": self.batch,
             "step": self.step_count,
-            "sae": self.sae.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            **self.update.state_dict(),
             "silent": self.silent,
             "resampled": self.resampled,
             "log": self.log,
@@ -200,8 +189,7 @@ class Trainer:
         differs = [key for key, value in mine.items() if state[key] != value]
         if differs:
             raise MedSAEError(f"sae {self.config.name}: the checkpoint is of another run ({', '.join(differs)} differ); remove the folder sae/.train")
-        self.sae.load_state_dict(state["sae"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.update.load_state_dict(state)
         self.silent = state["silent"].to(self.device)
         self.step_count, self.resampled, self.log = state["step"], state["resampled"], list(state["log"])
 

@@ -115,7 +115,7 @@ def test_unit_decoders_stay_unit_and_their_gradients_are_orthogonal(name: str) -
     sae = make(name)
     out = sae.loss(batch())
     out.loss.backward()
-    sae.constrain_gradients()
+    sae.constrain_gradient(sae.W_dec)
     parallel = (sae.W_dec.grad * sae.W_dec).sum(dim=1).detach()
     if sae.unit_decoder:
         assert float(parallel.abs().max()) < 1e-5

@@ -148,7 +148,7 @@ def test_resampling_restarts_dead_neurons_on_bad_samples() -> None:
     error = torch.zeros(B, D)
     error[[3, 9]] = 1.0  # only these can be drawn
     kept = sae.W_enc.detach()[~dead].clone()
-    assert resample(sae, trainer.optimizer, StepInput(x, B, 1.0, dead, Collective()), error, (0, 1)) == 2
+    assert resample(sae, trainer.update, StepInput(x, B, 1.0, dead, Collective()), error, (0, 1)) == 2
     direction = (x - sae.b_dec.detach())[[3, 9]]
     direction = direction / direction.norm(dim=1, keepdim=True)
     match = sae.W_dec.detach()[dead] @ direction.T
@@ -159,7 +159,7 @@ def test_resampling_restarts_dead_neurons_on_bad_samples() -> None:
     assert sae.b_enc.detach()[dead].tolist() == [0, 0]
     for parameter in (sae.W_enc, sae.W_dec, sae.b_enc):
         for moment in ("exp_avg", "exp_avg_sq"):
-            values = trainer.optimizer.state[parameter][moment]
+            values = trainer.update.optimizer.state[parameter][moment]
             assert float(values[dead].abs().max()) == 0
             assert float(values[~dead].abs().max()) > 0
 

@@ -43,8 +43,9 @@ def config(name: str, /, **options: Any) -> SAEConfig:
 
 def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     """Everything that decides the future of a run, flat."""
-    state = {f"sae.{k}": v for k, v in trainer.sae.state_dict().items()}
-    for index, moments in trainer.optimizer.state_dict()["state"].items():
+    whole = trainer.state_dict()
+    state = {f"sae.{k}": v for k, v in whole["sae"].items()}
+    for index, moments in whole["optimizer"]["state"].items():
         state |= {f"adam.{index}.{k}": v for k, v in moments.items()}
     return {**state, "silent": trainer.silent, "step": torch.tensor(trainer.step_count), "resampled": torch.tensor(trainer.resampled)}
 
@@ -243,9 +244,7 @@ def _worker(rank: int, world: int, port: int, out: str) -> None:
     for dtype in DTYPES:
         # The L1 weight of `april` in float32 leaves no neuron almost dead: Adam divides such a neuron's rounding errors by as small a second moment.
         weaker = {"l1": 1.0} if dtype == torch.float32 else {}
-        trainers = [Trainer(config(name, name=name, **(weaker if name == "april" else {})), D, N, seed=5) for name in ALL]
-        for trainer in trainers:
-            trainer.sae.to(dtype)
+        trainers = [Trainer(config(name, name=name, **(weaker if name == "april" else {})), D, N, seed=5, dtype=dtype) for name in ALL]
         train(trainers, inputs().to(dtype), seed=5)
         found.append([(state_of(t), timeless(t.log)) for t in trainers])
     if rank == 0:

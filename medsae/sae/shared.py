@@ -1,0 +1,52 @@
+"""Memory that the workers of one node share: parameters that each updates a part of, and gradients on their way to whoever updates them."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+
+import torch
+from torch import Tensor
+
+from medsae.sae.collective import Collective
+
+TOKEN = 8
+"""Bytes at the end by which workers know that they have mapped the same memory."""
+
+
+def shared_tensor(collective: Collective, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A tensor of zeros in memory that all workers see; None, for all of them, where they do not run on one node (or the system has no memfd).
+
+    It has no name: it is gone when the last of the workers is.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    handle = torch.zeros(3, dtype=torch.int64)
+    view = None
+    if collective.rank == 0:
+        token = int.from_bytes(os.urandom(TOKEN - 1), "little")
+        try:
+            descriptor = os.memfd_create("medsae")
+            os.ftruncate(descriptor, size + TOKEN)
+            view = mmap.mmap(descriptor, size + TOKEN)
+            view[size:] = token.to_bytes(TOKEN, "little")
+            handle[:] = torch.tensor([os.getpid(), descriptor, token])
+        except (AttributeError, OSError):
+            view = None
+    collective.broadcast(handle)
+    pid, descriptor, token = handle.tolist()
+    if collective.rank != 0 and pid:
+        try:
+            opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
+            view = mmap.mmap(opened, size + TOKEN)
+            os.close(opened)
+            if view[size:] != token.to_bytes(TOKEN, "little"):
+                view = None
+        except (OSError, ValueError):
+            view = None
+    everyone = bool(collective.min(torch.tensor(view is not None, dtype=torch.int64)))
+    if collective.rank == 0 and pid:
+        os.close(descriptor)
+    if not everyone or view is None:
+        return None
+    return torch.frombuffer(view, dtype=dtype, count=math.prod(shape)).view(shape)
