@@ -92,7 +92,7 @@ class Architecture(nn.Module):
     def preactivations(self, step: StepInput, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_enc (x - b_dec) + bias, or of x, [b, m], in the step's workspace and without gradient.
 
-        A neuron's values lie side by side in memory: a matrix that is tall where m is large takes BLAS libraries a sixth less time.
+        A neuron's values lie side by side in memory: the product takes BLAS libraries a sixth less time then.
         """
         out = step.workspace.matrix(self.dict_size, len(step.x), step.x).T
         return preactivations(step.x, self.W_enc, bias, self.b_dec if self.subtract_bias else None, dtype, out)

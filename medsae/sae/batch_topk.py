@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medsae.sae.base import StepInput
 from medsae.sae.config import SAEConfig
-from medsae.sae.sparse_ops import Sparse, grouped_decode, sparse_above
+from medsae.sae.sparse_ops import Dense, Sparse, is_dense, sparse_above
 from medsae.sae.topk import TopK
 
 GUESS = 0.9
@@ -40,13 +40,14 @@ class BatchTopK(TopK):
         return float(self.threshold_sum) / weight if weight else 0.0
 
     @torch.no_grad()
-    def select(self, pre: Tensor, step: StepInput) -> Sparse:
+    def select(self, pre: Tensor, step: StepInput) -> Sparse | Dense:
         """Exact: candidates are all values above a guess, and the guess only decides how many they are. Ties at the threshold are all kept."""
         assert self.config.k is not None
         wanted = self.config.k * step.total
+        dense = is_dense(pre, self.config.k, self.dim)
         for guess in (GUESS * self._last, 0.0):
-            candidates = sparse_above(pre, guess)
-            values = step.collective.gather(candidates.given)
+            candidates = None if dense else sparse_above(pre, guess)
+            values = step.collective.gather(pre[pre > guess] if candidates is None else candidates.given)
             if len(values) >= wanted or guess == 0.0:
                 break
         smallest = values.topk(wanted, sorted=False).values.min() if len(values) > wanted else values.min() if len(values) else values.new_zeros(())
@@ -55,7 +56,7 @@ class BatchTopK(TopK):
             decay = self.config.threshold_decay or 0.0
             self.threshold_sum.mul_(decay).add_((1 - decay) * self._last)
             self.threshold_weight.mul_(decay).add_(1 - decay)
-        return candidates.at_least(self._last)
+        return candidates.at_least(self._last) if candidates is not None else Dense(torch.where(pre >= self._last, pre, 0.0))
 
     def export(self) -> tuple[str, dict[str, Tensor], dict[str, float | int]]:
         tensors = self.plain_export()
@@ -75,6 +76,6 @@ class MatryoshkaBatchTopK(BatchTopK):
         ends = [max(1, round(share * self.dict_size)) for share in accumulate(self.config.groups)]
         return (*ends[:-1], self.dict_size)
 
-    def reconstruction_loss(self, active: Sparse, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
-        errors = step.x - self.b_dec - grouped_decode(active, values, self.W_dec, self.ends)
+    def reconstruction_loss(self, active: Sparse | Dense, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
+        errors = step.x - self.b_dec - active.prefixes(values, self.W_dec, self.ends)
         return errors.square().sum() / (len(self.ends) * step.total * self.dim), errors[-1]

@@ -27,7 +27,7 @@ class Gated(Architecture):
     def loss(self, step: StepInput) -> StepOutput:
         assert self.config.l1 is not None
         product = self.preactivations(step, None)
-        active = above(product, -self.b_gate.detach())
+        active = above(product, -self.b_gate.detach(), self.dim)
         p = active.linear(step.x, self.W_enc, None, self.b_dec)
         gate = (p + active.spread(self.b_gate)).relu()
         values = (active.spread(self.r_mag).exp() * p + active.spread(self.b_mag)).relu() * (gate.detach() > 0)

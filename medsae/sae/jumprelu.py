@@ -56,7 +56,7 @@ class JumpReLU(Architecture):
         assert config.bandwidth is not None
         pre = self.preactivations(step, self.b_enc)
         # Below the kernel's window neither the value nor any gradient differs from 0.
-        active = above(pre, self.threshold.detach() - config.bandwidth / 2)
+        active = above(pre, self.threshold.detach() - config.bandwidth / 2, self.dim)
         z = active.linear(step.x, self.W_enc, self.b_enc, self.b_dec)
         values, on = jump(z, active.spread(self.threshold), config.bandwidth)
         error = step.x - active.decode(values, self.W_dec) - self.b_dec

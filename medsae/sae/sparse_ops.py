@@ -15,6 +15,8 @@ from torch import Tensor
 
 DENSE_SHARE = 0.04
 """Share of active pairs above which dense products are faster (measured on a CPU)."""
+SMALL = 2**24
+"""Multiplications of a dense product of all pairs up to which it costs less than the bookkeeping of a sparse one (measured on a CPU)."""
 BLOCK = 16
 """Neurons of which the largest pre-activation stands for all, where the k largest are looked for."""
 
@@ -38,6 +40,9 @@ class Active(Protocol):
 
     def fired(self, values: Tensor) -> Tensor:
         """Whether each neuron has a value above 0 in any sample, bool [m]."""
+
+    def prefixes(self, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
+        """What the first ends[0], ends[1], ... neurons decode to (nested prefixes; the last end is m), [G, B, d]."""
 
 
 def preactivations(
@@ -89,10 +94,57 @@ class Dense:
         return parameter
 
     def decode(self, values: Tensor, weight: Tensor) -> Tensor:
-        return values @ weight
+        out: Tensor = _DenseDecode.apply(values, weight)
+        return out
 
     def fired(self, values: Tensor) -> Tensor:
         return torch.gt(values.detach(), 0).any(dim=0)
+
+    def prefixes(self, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
+        out: Tensor = _DensePrefixes.apply(values, weight, ends)
+        return out
+
+
+def _like(values: Tensor) -> Tensor:
+    """An uninitialised matrix that lies in memory as `values` does: elementwise operations on two layouts are many times slower."""
+    return torch.empty_like(values.T).T if values.T.is_contiguous() else torch.empty_like(values)
+
+
+class _DenseDecode(torch.autograd.Function):
+    """values @ weight; the gradient lies in memory as the values do."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        return values @ weight
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        inner = torch.mm(grads[0], weight.T, out=_like(values)) if ctx.needs_input_grad[0] else None
+        return inner, values.T @ grads[0] if ctx.needs_input_grad[1] else None
+
+
+class _DensePrefixes(torch.autograd.Function):
+    """Running sums over groups of neurons; gradients are running sums from the last."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
+        ctx.save_for_backward(values, weight)
+        ctx.groups = list(zip((0, *ends[:-1]), ends, strict=True))
+        return torch.stack([values[:, start:end] @ weight[start:end] for start, end in ctx.groups]).cumsum(dim=0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        values, weight = ctx.saved_tensors
+        inner, dense = _like(values), torch.empty_like(weight)
+        running = torch.zeros_like(grads[0][0])
+        for index in reversed(range(len(ctx.groups))):
+            start, end = ctx.groups[index]
+            running += grads[0][index]
+            torch.mm(running, weight[start:end].T, out=inner[:, start:end])
+            torch.mm(values[:, start:end].T, running, out=dense[start:end])
+        return inner, dense, None
 
 
 def weighted_sums(rows: Tensor, offsets: Tensor, columns: Tensor, values: Tensor) -> Tensor:
@@ -164,6 +216,10 @@ class Sparse:
         counts = torch.zeros(self.neurons, dtype=torch.int32, device=values.device)
         return counts.index_add_(0, self.columns, (values.detach() > 0).to(torch.int32)) > 0
 
+    def prefixes(self, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
+        out: Tensor = _GroupedDecode.apply(self, values, weight, ends)
+        return out
+
 
 class _SparseLinear(torch.autograd.Function):
     @staticmethod
@@ -198,14 +254,19 @@ class _SparseDecode(torch.autograd.Function):
         return None, inner, active.sums_by_neuron(values, grad)
 
 
-def above(pre: Tensor, threshold: Tensor | float, dense_share: float = DENSE_SHARE) -> Sparse | Dense:
-    """Pairs with pre-activation above a threshold (a number, or one a neuron); dense where they are many, and on a GPU, whose host need not wait then."""
-    if pre.device.type != "cpu":
+def is_dense(pre: Tensor, active: float, dim: int) -> bool:
+    """Whether products over all pairs of [B, m] cost less than those over `active` a sample, at width `dim`."""
+    return pre.numel() * dim <= SMALL or active > DENSE_SHARE * pre.shape[1]
+
+
+def above(pre: Tensor, threshold: Tensor | float, dim: int) -> Sparse | Dense:
+    """Pairs with pre-activation above a threshold (a number, or one a neuron); dense (all pairs) where they are many or the problem of width `dim` is
+    small, and on a GPU, whose host need not wait then.
+    """
+    if pre.device.type != "cpu" or is_dense(pre, 0, dim):
         return Dense(pre)
     mask = pre > threshold
-    if int(torch.count_nonzero(mask)) > dense_share * mask.numel():
-        return Dense(pre)
-    return _pairs(mask, pre)
+    return Dense(pre) if is_dense(pre, int(torch.count_nonzero(mask)) / len(pre), dim) else _pairs(mask, pre)
 
 
 def sparse_above(pre: Tensor, threshold: Tensor | float) -> Sparse:
@@ -244,12 +305,17 @@ def set_places(mask: Tensor) -> Tensor:
     return words[word] * 8 + byte
 
 
-def row_topk(pre: Tensor, k: int) -> Sparse:
-    """The k largest pre-activations of each sample."""
-    found = _topk_by_blocks(pre, k) if pre.device.type == "cpu" and pre.T.is_contiguous() else None
-    if found is not None:
-        return found
+def row_topk(pre: Tensor, k: int, dim: int) -> Sparse | Dense:
+    """The k largest pre-activations of each sample; dense, with zeros for the others, where the problem of width `dim` is small or k is much of it."""
+    dense = is_dense(pre, k, dim)
+    if not dense and pre.device.type == "cpu":
+        found = _topk_by_blocks(pre, k)
+        if found is not None:
+            return found
+    pre = pre.contiguous()
     values, columns = pre.topk(k, dim=1, sorted=False)
+    if dense:
+        return Dense(torch.zeros_like(pre).scatter_(1, columns, values))
     rows = torch.arange(0, pre.shape[0] * k + 1, k, device=pre.device)
     return Sparse(rows, columns.reshape(-1), values.reshape(-1), pre.shape[1])
 
@@ -262,7 +328,7 @@ def _topk_by_blocks(pre: Tensor, k: int) -> Sparse | None:
     """
     samples, neurons = pre.shape
     blocks = neurons // BLOCK
-    if neurons % BLOCK or blocks < 2 * k:
+    if neurons % BLOCK or blocks < 2 * k or not pre.T.is_contiguous():
         return None
     cut = pre.T.view(BLOCK, blocks, samples)
     maxima = cut.amax(dim=0)
@@ -284,12 +350,6 @@ def _topk_by_blocks(pre: Tensor, k: int) -> Sparse | None:
     chosen = (starts[:-1, None] + top.indices).view(-1)
     rows = torch.arange(0, samples * k + 1, k)
     return Sparse(rows, place[chosen] * blocks + where[pick[chosen]] // samples, top.values.view(-1), neurons)
-
-
-def grouped_decode(active: Sparse, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
-    """Reconstructions [G, B, d] from the first ends[0], ends[1], ... neurons (nested prefixes; the last end is m)."""
-    out: Tensor = _GroupedDecode.apply(active, values, weight, ends)
-    return out
 
 
 class _GroupedDecode(torch.autograd.Function):

@@ -19,7 +19,7 @@ class Standard(Architecture):
     def loss(self, step: StepInput) -> StepOutput:
         assert self.config.l1 is not None
         shift = self.b_dec if self.subtract_bias else None
-        active = above(self.preactivations(step, self.b_enc), 0.0)
+        active = above(self.preactivations(step, self.b_enc), 0.0, self.dim)
         values = active.linear(step.x, self.W_enc, self.b_enc, shift).relu()
         error = step.x - active.decode(values, self.W_dec) - self.b_dec
         mse = error.square().sum() / step.total

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
 from medsae.sae.dead import auxk_loss
-from medsae.sae.sparse_ops import Sparse, row_topk
+from medsae.sae.sparse_ops import Dense, Sparse, preactivations, row_topk
 
 
 class TopK(Architecture):
@@ -16,12 +16,12 @@ class TopK(Architecture):
     Inputs are scaled to mean squared norm d about their mean, so the first term is FVU with a fixed denominator.
     """
 
-    def select(self, pre: Tensor, step: StepInput) -> Sparse:
+    def select(self, pre: Tensor, step: StepInput) -> Sparse | Dense:
         """The active set of a batch, from pre-activations [b, m]."""
         assert self.config.k is not None
-        return row_topk(pre, self.config.k)
+        return row_topk(pre, self.config.k, self.dim)
 
-    def reconstruction_loss(self, active: Sparse, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
+    def reconstruction_loss(self, active: Sparse | Dense, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
         """This worker's part of the reconstruction loss, and x - x_hat [b, d]."""
         error = step.x - active.decode(values, self.W_dec) - self.b_dec
         return error.square().sum() / (step.total * self.dim), error
@@ -44,8 +44,10 @@ class TopK(Architecture):
         return StepOutput(total, error.detach(), torch.count_nonzero(values.detach()), active.fired(values), terms)
 
     @torch.no_grad()
-    def exact(self, active: Sparse, x: Tensor) -> Sparse:
+    def exact(self, active: Sparse | Dense, x: Tensor) -> Sparse | Dense:
         """The same pairs with pre-activations in float32."""
+        if isinstance(active, Dense):
+            return Dense(torch.where(active.given != 0, preactivations(x, self.W_enc, self.b_enc, self.b_dec), 0.0))
         products = active.products(x - self.b_dec, self.W_enc) + self.b_enc[active.columns]
         return Sparse(active.rows, active.columns, products, active.neurons)
 

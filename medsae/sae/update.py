@@ -66,12 +66,11 @@ class Update:
         loss = self.collective.sum_gradients([p for p in self.parameters if p.ndim != 2], loss)
         for matrix, passed in zip(self.matrices, self._passed, strict=True):
             assert matrix.grad is not None
-            # In the order of the ranks, so that the sum does not depend on who takes it.
-            parts = [(matrix.grad if r == rank else passed[r])[self.rows] for r in range(world)]
-            total = torch.add(parts[0], parts[1])
-            for part in parts[2:]:
-                total += part
-            self._own[matrix].grad, matrix.grad = total, None
+            total, matrix.grad = matrix.grad[self.rows], None
+            for other in range(world):
+                if other != rank:
+                    total += passed[other][self.rows]
+            self._own[matrix].grad = total
         return loss
 
     def step(self, rate: float) -> None:

@@ -62,13 +62,11 @@ def formula(name: str, sae: Architecture, step: StepInput) -> torch.Tensor:
     return torch.stack([(x - f[:, :e] @ sae.W_dec[:e] - sae.b_dec).square().mean() for e in ends]).mean()
 
 
+pytestmark = pytest.mark.usefixtures("products")
+
+
 @pytest.mark.parametrize("name", [n for n in ALL if n != "jumprelu"])
-@pytest.mark.parametrize("sparse", [True, False])
-def test_loss_and_gradients_are_those_of_the_formula(name: str, sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medsae.sae.sparse_ops.DENSE_SHARE", 1.0)
-    for module in ("standard", "gated"):
-        real = ARCHITECTURES[module].loss.__globals__["above"]
-        monkeypatch.setattr(f"medsae.sae.{module}.above", lambda pre, t, real=real: real(pre, t, 1.0 if sparse else 0.0))
+def test_loss_and_gradients_are_those_of_the_formula(name: str) -> None:
     sae, step = make(name), batch()
     out = sae.loss(step)
     expected = formula(name, sae, step)
@@ -78,10 +76,7 @@ def test_loss_and_gradients_are_those_of_the_formula(name: str, sparse: bool, mo
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("sparse", [True, False])
-def test_jumprelu_gradients_follow_the_pseudo_derivatives(sparse: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = ARCHITECTURES["jumprelu"].loss.__globals__["above"]
-    monkeypatch.setattr("medsae.sae.jumprelu.above", lambda pre, t: real(pre, t, 1.0 if sparse else 0.0))
+def test_jumprelu_gradients_follow_the_pseudo_derivatives() -> None:
     sae, step = make("jumprelu", bandwidth=0.8, threshold=0.5, l0=0.9), batch()
     assert isinstance(sae, JumpReLU)
     out = sae.loss(step)

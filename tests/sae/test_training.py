@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from medsae.errors import MedSAEError
+from medsae.sae import sparse_ops
 from medsae.sae.config import OPTIONS, SAEConfig
 from medsae.sae.registry import ARCHITECTURES
 from medsae.sae.training import DivergenceError, Trainer, checkpoint_due, learning_rate, sparsity_factor, train
@@ -121,6 +122,7 @@ def test_autoencoders_of_a_list_do_not_touch_each_other() -> None:
 # --- resume ----------------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", ALL)
 def test_resumed_is_uninterrupted_bit_for_bit(name: str, tmp_path: Path) -> None:
     x, c = inputs(), config(name, epochs=12)
@@ -199,6 +201,7 @@ def test_a_state_of_another_run_is_refused() -> None:
 # --- divergence ------------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("products")
 @pytest.mark.parametrize("name", ALL)
 def test_nan_stops_with_one_line(name: str) -> None:
     trainer = Trainer(config(name, epochs=2), D, N)
@@ -226,7 +229,8 @@ def test_blowing_up_stops_at_the_end_of_the_epoch() -> None:
 # --- one worker, two workers -----------------------------------------------------------------------------------------------------------------------
 
 
-DTYPES = [torch.float32, torch.float64]
+RUNS = [("sparse", torch.float32), ("dense", torch.float32), ("sparse", torch.float64), ("apart", torch.float64)]
+"""How products are taken, and in what; `apart`: by workers that have no memory in common."""
 
 
 def _free_port() -> int:
@@ -235,17 +239,51 @@ def _free_port() -> int:
         return int(sock.getsockname()[1])
 
 
+def _refused(name: str) -> int:
+    raise OSError(name)
+
+
+def _check_resume(trained: list[Trainer], x: torch.Tensor, dtype: torch.dtype) -> None:
+    """Training anew, put down and taken up in between, gives the same bits, with as many workers."""
+
+    class Stop(Exception):
+        pass
+
+    def stop(current: list[Trainer], due: bool) -> None:
+        if current[0].epoch == 23:
+            raise Stop
+
+    again = [Trainer(t.config, D, N, seed=5, dtype=dtype) for t in trained]
+    with pytest.raises(Stop):
+        train(again, x, seed=5, on_epoch=stop)
+    states = [t.state_dict() for t in again]
+    again = [Trainer(t.config, D, N, seed=5, dtype=dtype) for t in trained]
+    for trainer, state in zip(again, states, strict=True):
+        trainer.load_state_dict(state)
+    train(again, x, seed=5)
+    for one, other in zip(again, trained, strict=True):
+        mine, theirs = state_of(one), state_of(other)
+        assert [key for key in theirs if not torch.equal(mine[key], theirs[key])] == []
+
+
 def _worker(rank: int, world: int, port: int, out: str) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     if world > 1:
         dist.init_process_group("gloo", rank=rank, world_size=world)
     found = []
-    for dtype in DTYPES:
+    for kind, dtype in RUNS:
+        sparse_ops.SMALL, sparse_ops.DENSE_SHARE = (2**60, 0.0) if kind == "dense" else (0, 1.0)
+        if kind == "apart":
+            os.memfd_create = _refused  # type: ignore[assignment]
         # The L1 weight of `april` in float32 leaves no neuron almost dead: Adam divides such a neuron's rounding errors by as small a second moment.
         weaker = {"l1": 1.0} if dtype == torch.float32 else {}
         trainers = [Trainer(config(name, name=name, **(weaker if name == "april" else {})), D, N, seed=5, dtype=dtype) for name in ALL]
+        # On one node, workers have the matrices in common memory, and each updates its own half.
+        mine = slice(0, M) if kind == "apart" else slice(rank * M // world, (rank + 1) * M // world)
+        assert all(t.update.rows == mine for t in trainers)
         train(trainers, inputs().to(dtype), seed=5)
+        _check_resume(trainers[::3], inputs().to(dtype), dtype)
         found.append([(state_of(t), timeless(t.log)) for t in trainers])
     if rank == 0:
         torch.save(found, out)
@@ -268,10 +306,12 @@ def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-11)])
+@pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[0]}-{str(run[1]).removeprefix('torch.')}")
 @pytest.mark.parametrize("name", ALL)
-def test_two_workers_equal_one(name: str, dtype: torch.dtype, tolerance: float, worlds: dict[int, Any]) -> None:
-    (one, log_one), (two, log_two) = (worlds[w][DTYPES.index(dtype)][ALL.index(name)] for w in (1, 2))
+def test_two_workers_equal_one(name: str, run: tuple[str, torch.dtype], worlds: dict[int, Any]) -> None:
+    dtype = run[1]
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-11
+    (one, log_one), (two, log_two) = (worlds[w][RUNS.index(run)][ALL.index(name)] for w in (1, 2))
     assert int(one["step"]) == 200
     assert one["sae.W_enc"].dtype == dtype
     for key, value in one.items():
