@@ -35,11 +35,13 @@ SAMPLES = 223_414
 """CheXpert's size: two epochs of it must pass without a sign of life before a neuron is dead."""
 
 
-def start(dim: int, neurons: int, k: int) -> Weights:
-    """Weights that all start from: W [m, d] with unit rows, and a bias at which ReLU leaves about k active for standard normal inputs."""
+def start(dim: int, neurons: int, k: int, early: bool) -> Weights:
+    """Weights that all start from: W [m, d] with unit rows, and a bias at which ReLU leaves about k active for standard normal inputs; 0 if early."""
     generator = torch.Generator().manual_seed(0)
     w = torch.randn(neurons, dim, generator=generator)
     w /= w.norm(dim=1, keepdim=True)
+    if early:
+        return {"w": w, "bias": torch.zeros(neurons)}
     return {"w": w, "bias": torch.full((neurons,), -math.sqrt(2) * float(torch.erfinv(torch.tensor(1 - 2 * k / neurons))))}
 
 
@@ -198,7 +200,7 @@ def settle() -> None:
 
 
 def measure(name: str, sizes: argparse.Namespace, contestants: dict[str, Callable[..., Made | None]]) -> list[dict[str, Any]]:
-    weights = start(sizes.dim, sizes.dict_size, sizes.k)
+    weights = start(sizes.dim, sizes.dict_size, sizes.k, sizes.early)
     generator = torch.Generator().manual_seed(1)
     batches = [torch.randn(sizes.batch, sizes.dim, generator=generator).to(DEVICE) for _ in range(3)]
     made = {}
@@ -245,6 +247,7 @@ def main() -> None:
     parser.add_argument("--architectures", default=",".join(OPTIONS))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bfloat16", action="store_true", help="also time topk with selection in bfloat16")
+    parser.add_argument("--early", action="store_true", help="biases of 0, so that half of all neurons of the ReLU architectures are active, as at the start")
     parser.add_argument("--json", default=None)
     sizes = parser.parse_args()
     torch.set_num_threads(sizes.threads)

@@ -35,6 +35,9 @@ class Active(Protocol):
     def spread(self, parameter: Tensor) -> Tensor:
         """A parameter [m] as something that multiplies or adds to values."""
 
+    def total(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        """Sum of all values, each times its neuron's weight, where weights [m] are given."""
+
     def decode(self, values: Tensor, weight: Tensor) -> Tensor:
         """Sum over a sample's neurons of value * weight[neuron], [B, d]; weight [m, d]."""
 
@@ -93,12 +96,15 @@ class Dense:
     def spread(self, parameter: Tensor) -> Tensor:
         return parameter
 
+    def total(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        return values.sum() if weights is None else values.sum(dim=0) @ weights
+
     def decode(self, values: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = _DenseDecode.apply(values, weight)
         return out
 
     def fired(self, values: Tensor) -> Tensor:
-        return torch.gt(values.detach(), 0).any(dim=0)
+        return values.detach().amax(dim=0) > 0
 
     def prefixes(self, values: Tensor, weight: Tensor, ends: tuple[int, ...]) -> Tensor:
         out: Tensor = _DensePrefixes.apply(values, weight, ends)
@@ -208,6 +214,9 @@ class Sparse:
     def spread(self, parameter: Tensor) -> Tensor:
         return parameter.index_select(0, self.columns)
 
+    def total(self, values: Tensor, weights: Tensor | None) -> Tensor:
+        return (values if weights is None else values * self.spread(weights)).sum()
+
     def decode(self, values: Tensor, weight: Tensor) -> Tensor:
         out: Tensor = _SparseDecode.apply(self, values, weight)
         return out
@@ -254,19 +263,19 @@ class _SparseDecode(torch.autograd.Function):
         return None, inner, active.sums_by_neuron(values, grad)
 
 
-def is_dense(pre: Tensor, active: float, dim: int) -> bool:
-    """Whether products over all pairs of [B, m] cost less than those over `active` a sample, at width `dim`."""
-    return pre.numel() * dim <= SMALL or active > DENSE_SHARE * pre.shape[1]
+def is_dense(samples: int, neurons: int, dim: int, active: float) -> bool:
+    """Whether products over all pairs cost less than those over `active` neurons a sample, at width `dim`."""
+    return samples * neurons * dim <= SMALL or active > DENSE_SHARE * neurons
 
 
 def above(pre: Tensor, threshold: Tensor | float, dim: int) -> Sparse | Dense:
     """Pairs with pre-activation above a threshold (a number, or one a neuron); dense (all pairs) where they are many or the problem of width `dim` is
     small, and on a GPU, whose host need not wait then.
     """
-    if pre.device.type != "cpu" or is_dense(pre, 0, dim):
+    if pre.device.type != "cpu" or is_dense(*pre.shape, dim, 0):
         return Dense(pre)
     mask = pre > threshold
-    return Dense(pre) if is_dense(pre, int(torch.count_nonzero(mask)) / len(pre), dim) else _pairs(mask, pre)
+    return Dense(pre) if is_dense(*pre.shape, dim, int(torch.count_nonzero(mask)) / len(pre)) else _pairs(mask, pre)
 
 
 def sparse_above(pre: Tensor, threshold: Tensor | float) -> Sparse:
@@ -307,7 +316,7 @@ def set_places(mask: Tensor) -> Tensor:
 
 def row_topk(pre: Tensor, k: int, dim: int) -> Sparse | Dense:
     """The k largest pre-activations of each sample; dense, with zeros for the others, where the problem of width `dim` is small or k is much of it."""
-    dense = is_dense(pre, k, dim)
+    dense = is_dense(*pre.shape, dim, k)
     if not dense and pre.device.type == "cpu":
         found = _topk_by_blocks(pre, k)
         if found is not None:

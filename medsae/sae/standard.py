@@ -23,7 +23,6 @@ class Standard(Architecture):
         values = active.linear(step.x, self.W_enc, self.b_enc, shift).relu()
         error = step.x - active.decode(values, self.W_dec) - self.b_dec
         mse = error.square().sum() / step.total
-        weights = self.penalty_weights()
-        l1 = (values if weights is None else values * active.spread(weights)).sum() / step.total
+        l1 = active.total(values, self.penalty_weights()) / step.total
         total = mse + self.config.l1 * step.sparsity * l1
         return StepOutput(total, error.detach(), torch.count_nonzero(values.detach()), active.fired(values), {"mse": mse.detach(), "l1": l1.detach()})
