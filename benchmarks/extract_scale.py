@@ -79,11 +79,14 @@ def link_rows(folder: Path, names: list[str], count: int) -> Path:
 
 
 class Sampler(threading.Thread):
-    """Samples the memory of this process and of all its descendants until stopped; keeps the peaks, in bytes."""
+    """Samples the memory of this process and of all its descendants until stopped; keeps the peaks, in bytes.
 
-    def __init__(self, interval: float = 0.25) -> None:
+    A process whose title has `actor` in it is one of the actors that are told apart from other workers.
+    """
+
+    def __init__(self, interval: float = 0.25, actor: str = "EncodePart") -> None:
         super().__init__(daemon=True)
-        self.interval = interval
+        self.interval, self.actor = interval, actor
         self.stopped = threading.Event()
         self.kinds: dict[int, str] = {}
         self.peak: dict[str, float] = {}
@@ -95,7 +98,7 @@ class Sampler(threading.Thread):
 
     def _kind(self, process: psutil.Process) -> str:
         title = " ".join(process.cmdline()[:2])
-        if "EncodePart" in title:
+        if self.actor in title:
             self.kinds[process.pid] = "actor"  # a title is that of the call in progress: once an actor, always that actor
         if process.pid not in self.kinds and process.pid == os.getpid():
             self.kinds[process.pid] = "driver"

@@ -74,7 +74,7 @@ def labels_of(images: int, csv: str | None, seed: int = 0) -> np.ndarray:
     return raw[np.arange(images) % len(raw)]
 
 
-def write_run(folder: str, images: int, dim: int, csv: str | None) -> RunDir:
+def write_run(folder: str, images: int, dim: int, csv: str | None, split: str = "eval") -> RunDir:
     """Synthetic embeddings in the contract of the run directory."""
     run, rng, labels = RunDir(folder), np.random.default_rng(0), labels_of(images, csv)
     for index, start in enumerate(range(0, images, ROWS_PER_PART)):
@@ -87,7 +87,7 @@ def write_run(folder: str, images: int, dim: int, csv: str | None) -> RunDir:
             "projection": rng.choice(["AP", "PA", ""], n).tolist(),
             "sex": rng.choice(["F", "M"], n).tolist(),
             "age": rng.uniform(20, 90, n).astype(np.float32),
-            "split": ["eval"] * n,
+            "split": [split] * n,
             "labels": pa.ListArray.from_arrays(np.arange(n + 1) * labels.shape[1], pa.array(labels[start : start + n].ravel(), pa.int8())),
             "embedding": pa.ListArray.from_arrays(np.arange(n + 1) * dim, rng.standard_normal(n * dim).astype(np.float32)),
         }

@@ -247,7 +247,9 @@ def main() -> None:
     parser.add_argument("--architectures", default=",".join(OPTIONS))
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--bfloat16", action="store_true", help="also time topk with selection in bfloat16")
-    parser.add_argument("--early", action="store_true", help="biases of 0, so that half of all neurons of the ReLU architectures are active, as at the start")
+    parser.add_argument(
+        "--early", action="store_true", help="biases of 0, so that half of all neurons of the ReLU architectures are active, as at the start"
+    )
     parser.add_argument("--json", default=None)
     sizes = parser.parse_args()
     torch.set_num_threads(sizes.threads)

@@ -44,7 +44,7 @@ class BatchTopK(TopK):
         """Exact: candidates are all values above a guess, and the guess only decides how many they are. Ties at the threshold are all kept."""
         assert self.config.k is not None
         wanted = self.config.k * step.total
-        dense = is_dense(*pre.shape, self.dim, self.config.k)
+        dense = is_dense(len(pre), pre.shape[1], self.dim, self.config.k)
         for guess in (GUESS * self._last, 0.0):
             candidates = None if dense else sparse_above(pre, guess)
             values = step.collective.gather(pre[pre > guess] if candidates is None else candidates.given)

@@ -272,10 +272,10 @@ def above(pre: Tensor, threshold: Tensor | float, dim: int) -> Sparse | Dense:
     """Pairs with pre-activation above a threshold (a number, or one a neuron); dense (all pairs) where they are many or the problem of width `dim` is
     small, and on a GPU, whose host need not wait then.
     """
-    if pre.device.type != "cpu" or is_dense(*pre.shape, dim, 0):
+    if pre.device.type != "cpu" or is_dense(len(pre), pre.shape[1], dim, 0):
         return Dense(pre)
     mask = pre > threshold
-    return Dense(pre) if is_dense(*pre.shape, dim, int(torch.count_nonzero(mask)) / len(pre)) else _pairs(mask, pre)
+    return Dense(pre) if is_dense(len(pre), pre.shape[1], dim, int(torch.count_nonzero(mask)) / len(pre)) else _pairs(mask, pre)
 
 
 def sparse_above(pre: Tensor, threshold: Tensor | float) -> Sparse:
@@ -316,7 +316,7 @@ def set_places(mask: Tensor) -> Tensor:
 
 def row_topk(pre: Tensor, k: int, dim: int) -> Sparse | Dense:
     """The k largest pre-activations of each sample; dense, with zeros for the others, where the problem of width `dim` is small or k is much of it."""
-    dense = is_dense(*pre.shape, dim, k)
+    dense = is_dense(len(pre), pre.shape[1], dim, k)
     if not dense and pre.device.type == "cpu":
         found = _topk_by_blocks(pre, k)
         if found is not None:
