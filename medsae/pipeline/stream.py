@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray.data
 import torch
-from ray.data import TaskPoolStrategy
+from ray.data import ExecutionResources, TaskPoolStrategy
 
 from medsae.artifacts import RunDir, as_matrix, embedding_parts, fingerprint
 from medsae.errors import DataError, MedSAEError
@@ -23,6 +23,8 @@ from medsae.sae.source import StreamOrder, Window, arrange, as_tensor
 
 READERS = 2
 """Tasks that read at a time for a worker."""
+AHEAD = 2.0**27
+"""Bytes that are read ahead of their use, where no more is needed."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,8 @@ class Streamed:
 
     def batches(self, seed: int, epoch: int, batch_size: int, rank: int, world: int) -> Iterator[torch.Tensor]:
         windows = list(self.stream.order.windows(seed, epoch, batch_size, rank, world))
-        payloads = in_order(windows, functools.partial(read_window, stream=self.stream, seed=seed))
+        ahead = (READERS + 1) * max(w.steps for w in windows) * self.plan(batch_size)[1] // world * self.dim * 4
+        payloads = in_order(windows, functools.partial(read_window, stream=self.stream, seed=seed), ahead)
         for window, payload in zip(windows, payloads, strict=True):
             batches = np.frombuffer(payload, np.float32).reshape(window.steps, -1, self.dim)
             for batch in batches:
@@ -152,8 +155,9 @@ def read_window(window: Window, stream: Stream, seed: int) -> bytes:
     return arrange(window, seed, pieces).tobytes()
 
 
-def in_order(tasks: list[Any], work: Callable[[Any], bytes]) -> Iterator[pa.Buffer]:
-    """What `work` makes of each task, in the order of the tasks, through Ray Data: a few tasks run ahead of who reads.
+def in_order(tasks: list[Any], work: Callable[[Any], bytes], ahead: float = AHEAD) -> Iterator[pa.Buffer]:
+    """What `work` makes of each task, in the order of the tasks, through Ray Data: a few tasks run ahead of who reads, as long as what they have made
+    and is not read yet stays within about `ahead` bytes. Ray Data alone would go on until half the object store is full.
 
     Raises:
         MedSAEError: what a task raised, as a DataError.
@@ -172,6 +176,7 @@ def in_order(tasks: list[Any], work: Callable[[Any], bytes]) -> Iterator[pa.Buff
     context.print_on_execution_start = False
     context.issue_detectors_config.detectors = []
     context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources.for_limits(object_store_memory=ahead)
     with ray.data.DataContext.current(context):
         rows = [pa.table({"index": [i], "task": [pickle.dumps(task)]}) for i, task in enumerate(tasks)]
         pool = TaskPoolStrategy(size=READERS)
