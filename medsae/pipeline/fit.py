@@ -290,14 +290,15 @@ def train_worker(arguments: dict[str, Any]) -> dict[str, Any]:
 def check_memory(configs: list[SAEConfig], shape: tuple[int, int], device: torch.device, workers: int) -> None:
     """Stops where the autoencoders cannot fit a worker's device.
 
-    Weights, gradients and Adam's two moments are 4 copies of 2 m d floats; the largest step holds about 3 copies of its [B, m] pre-activations; on a GPU the
-    embeddings are held too.
+    Weights, gradients and Adam's two moments are 4 copies of 2 m d floats, 6 where workers share a node (gradients passed on, and a checkpoint put together);
+    the largest step holds about 4 copies of its [B, m] pre-activations; on a GPU the embeddings are held too.
 
     Raises:
         ConfigError: names the sizes and what to lower.
     """
     n, d = shape
-    need = sum(4 * 2 * c.dict_size * d * 4 for c in configs) + max(3 * c.batch_size * c.dict_size * 4 for c in configs)
+    copies = 4 if workers == 1 else 6
+    need = sum(copies * 2 * c.dict_size * d * 4 for c in configs) + max(4 * c.batch_size * c.dict_size * 4 for c in configs)
     if device.type == "cuda":
         have, what = torch.cuda.get_device_properties(device).total_memory, "the GPU"
         need += n * d * 4
@@ -335,7 +336,7 @@ def _resume(trainers: list[Trainer]) -> None:
 def _report(trainers: list[Trainer], rank: int) -> None:
     """Takes a checkpoint; every worker must come here the same number of times."""
     metrics = {t.config.name: t.log[-1]["fvu"] for t in trainers if t.log}
-    states = [t.state_dict() for t in trainers]
+    states = [t.state_dict(keep=rank == 0) for t in trainers]
     if rank != 0:
         ray.train.report(metrics)
         return

@@ -92,11 +92,11 @@ class Architecture(nn.Module):
     def preactivations(self, step: StepInput, bias: Tensor | None, dtype: torch.dtype = torch.float32) -> Tensor:
         """W_enc (x - b_dec) + bias, or of x, [b, m], in the step's workspace and without gradient.
 
-        In large problems a neuron's values lie side by side in memory: the product takes BLAS libraries a sixth less time then.
+        On a CPU, in large problems, a neuron's values lie side by side in memory: the product takes BLAS libraries a sixth less time then.
         """
         samples, matrix = len(step.x), step.workspace.matrix
-        small = is_dense(samples, self.dict_size, self.dim, 0)
-        out = matrix(samples, self.dict_size, step.x) if small else matrix(self.dict_size, samples, step.x).T
+        plain = step.x.device.type != "cpu" or is_dense(samples, self.dict_size, self.dim, self.config.k or 0)
+        out = matrix(samples, self.dict_size, step.x) if plain else matrix(self.dict_size, samples, step.x).T
         return preactivations(step.x, self.W_enc, bias, self.b_dec if self.subtract_bias else None, dtype, out)
 
     def loss(self, step: StepInput) -> StepOutput:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medsae.sae.base import StepInput
 from medsae.sae.config import SAEConfig
-from medsae.sae.sparse_ops import Dense, Sparse, is_dense, sparse_above
+from medsae.sae.sparse_ops import Active, Dense, Sparse, is_dense, sparse_above
 from medsae.sae.topk import TopK
 
 GUESS = 0.9
@@ -45,7 +45,8 @@ class BatchTopK(TopK):
         assert self.config.k is not None
         wanted = self.config.k * step.total
         dense = is_dense(len(pre), pre.shape[1], self.dim, self.config.k)
-        for guess in (GUESS * self._last, 0.0):
+        # After a restart, the running mean stands for the last threshold.
+        for guess in (GUESS * (self._last or self.threshold), 0.0):
             candidates = None if dense else sparse_above(pre, guess)
             values = step.collective.gather(pre[pre > guess] if candidates is None else candidates.given)
             if len(values) >= wanted or guess == 0.0:
@@ -76,6 +77,6 @@ class MatryoshkaBatchTopK(BatchTopK):
         ends = [max(1, round(share * self.dict_size)) for share in accumulate(self.config.groups)]
         return (*ends[:-1], self.dict_size)
 
-    def reconstruction_loss(self, active: Sparse | Dense, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
+    def reconstruction_loss(self, active: Active, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
         errors = step.x - self.b_dec - active.prefixes(values, self.W_dec, self.ends)
         return errors.square().sum() / (len(self.ends) * step.total * self.dim), errors[-1]

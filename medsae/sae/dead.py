@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput
-from medsae.sae.sparse_ops import Dense
+from medsae.sae.sparse_ops import Dense, columns
 from medsae.sae.update import Update
 
 
@@ -31,8 +31,7 @@ def auxk_loss(sae: Architecture, step: StepInput, pre: Tensor, error: Tensor, k_
     variance = moments[-1] - moments[:-1].square().sum() / step.total
     # No branch on a number of the device: it would wait.
     scale = torch.where(variance > 0, 1 / variance.clamp_min(torch.finfo(variance.dtype).tiny), 0.0).to(target.dtype)
-    # By rows of the transpose, as they lie; sixty times faster than by columns.
-    active = Dense(pre.T.index_select(0, dead).T.contiguous())
+    active = Dense(columns(pre, dead))
     shift = sae.b_dec if sae.subtract_bias else None
     values = active.linear(step.x, sae.W_enc.index_select(0, dead), sae.b_enc.index_select(0, dead), shift)
     top = values.detach().topk(min(k_aux, len(dead)), dim=1, sorted=False).indices
@@ -59,7 +58,7 @@ def resample(sae: Architecture, update: Update, step: StepInput, error: Tensor, 
     generator = torch.Generator().manual_seed(seed[0] * 1_000_003 + seed[1])
     chosen = torch.multinomial(weights, count, replacement=False, generator=generator)
     dead = dead[:count]
-    directions = torch.zeros(count, sae.dim, device=error.device)
+    directions = torch.zeros(count, sae.dim, device=error.device, dtype=error.dtype)
     world, rank = step.collective.world, step.collective.rank
     mine = (chosen % world == rank).nonzero().squeeze(1)
     directions[mine.to(error.device)] = (step.x - sae.b_dec)[(chosen[mine] // world).to(error.device)]

@@ -22,31 +22,27 @@ def shared_tensor(collective: Collective, shape: tuple[int, ...], dtype: torch.d
     """
     size = math.prod(shape) * dtype.itemsize
     handle = torch.zeros(3, dtype=torch.int64)
-    view = None
+    view, descriptor, token = None, None, os.urandom(TOKEN - 1) + b"\0"
     if collective.rank == 0:
-        token = int.from_bytes(os.urandom(TOKEN - 1), "little")
         try:
             descriptor = os.memfd_create("medsae")
             os.ftruncate(descriptor, size + TOKEN)
             view = mmap.mmap(descriptor, size + TOKEN)
-            view[size:] = token.to_bytes(TOKEN, "little")
-            handle[:] = torch.tensor([os.getpid(), descriptor, token])
+            view[size:] = token
+            handle[:] = torch.tensor([os.getpid(), descriptor, int.from_bytes(token, "little")])
         except (AttributeError, OSError):
             view = None
-    collective.broadcast(handle)
-    pid, descriptor, token = handle.tolist()
+    pid, theirs, number = collective.broadcast(handle).tolist()
     if collective.rank != 0 and pid:
         try:
-            opened = os.open(f"/proc/{pid}/fd/{descriptor}", os.O_RDWR)
-            view = mmap.mmap(opened, size + TOKEN)
-            os.close(opened)
-            if view[size:] != token.to_bytes(TOKEN, "little"):
-                view = None
+            descriptor = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR)
+            view = mmap.mmap(descriptor, size + TOKEN)
+            view = view if view[size:] == number.to_bytes(TOKEN, "little") else None
         except (OSError, ValueError):
             view = None
     everyone = bool(collective.min(torch.tensor(view is not None, dtype=torch.int64)))
-    if collective.rank == 0 and pid:
-        os.close(descriptor)
+    if descriptor is not None:
+        os.close(descriptor)  # the mapping keeps one of its own
     if not everyone or view is None:
         return None
     return torch.frombuffer(view, dtype=dtype, count=math.prod(shape)).view(shape)

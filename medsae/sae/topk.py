@@ -7,7 +7,7 @@ from torch import Tensor
 
 from medsae.sae.base import Architecture, StepInput, StepOutput
 from medsae.sae.dead import auxk_loss
-from medsae.sae.sparse_ops import Dense, Sparse, preactivations, row_topk
+from medsae.sae.sparse_ops import Active, Dense, Sparse, preactivations, row_topk
 
 
 class TopK(Architecture):
@@ -21,7 +21,7 @@ class TopK(Architecture):
         assert self.config.k is not None
         return row_topk(pre, self.config.k, self.dim)
 
-    def reconstruction_loss(self, active: Sparse | Dense, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
+    def reconstruction_loss(self, active: Active, values: Tensor, step: StepInput) -> tuple[Tensor, Tensor]:
         """This worker's part of the reconstruction loss, and x - x_hat [b, d]."""
         error = step.x - active.decode(values, self.W_dec) - self.b_dec
         return error.square().sum() / (step.total * self.dim), error

@@ -67,14 +67,16 @@ class Trainer:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         """`samples` of the training split, over all workers; `center` [d] starts `b_dec`; `plan` steps an epoch and samples a batch, where the source
-        of the batches cuts them otherwise than `batch_plan`; `workspace` is shared by trainers that take turns; `dtype` of parameters and inputs.
+        of the batches cuts them otherwise than `batch_plan`; `workspace` is shared by trainers that take turns; `dtype` of parameters and inputs. All workers must make the same trainers in the same order.
         """
         self.config, self.samples, self.seed, self.device = config, samples, seed, torch.device(device)
         self.collective = collective or Collective()
         self.workspace = workspace or Workspace()
         self.steps_per_epoch, self.batch = plan or batch_plan(samples, config.batch_size)
         self.steps = self.steps_per_epoch * config.epochs
-        self.sae = build(config, dim, seed, center).to(self.device, dtype)
+        self.sae = build(config, dim, seed, center).to(self.device)
+        for parameter in self.sae.parameters():
+            parameter.data = parameter.data.to(dtype)
         self.update = Update(self.sae, config, self.collective)
         self.step_count = 0
         self.silent = torch.zeros(config.dict_size, dtype=torch.int64, device=self.device)
@@ -165,15 +167,17 @@ class Trainer:
             f" lower lr (now {self.config.lr:.3g}), or set clip=1.0, or raise warmup; checkpoints taken before are kept"
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """All that a resumed run needs to be the uninterrupted one, bit for bit on a CPU. All workers must call it."""
+    def state_dict(self, keep: bool = True) -> dict[str, Any]:
+        """All that a resumed run needs to be the uninterrupted one, bit for bit on a CPU. All workers must call it; those that do not `keep` what they get
+        are spared a copy.
+        """
         return {
             "config": self.config.model_dump(mode="json"),
             "seed": self.seed,
             "samples": self.samples,
             "batch": self.batch,
             "step": self.step_count,
-            **self.update.state_dict(),
+            **self.update.state_dict(keep),
             "silent": self.silent,
             "resampled": self.resampled,
             "log": self.log,

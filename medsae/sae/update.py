@@ -12,6 +12,9 @@ from medsae.sae.collective import Collective
 from medsae.sae.config import SAEConfig
 from medsae.sae.shared import shared_tensor
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's moments in its state."""
+
 
 class Update:
     """The optimiser of an autoencoder in training.
@@ -102,31 +105,40 @@ class Update:
         own = self._own[parameter]
         if own is not parameter:
             neurons = neurons[(neurons >= self.rows.start) & (neurons < self.rows.stop)] - self.rows.start
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             if moment in self.optimizer.state.get(own, {}):
                 self.optimizer.state[own][moment][neurons] = 0.0
 
-    def state_dict(self) -> dict[str, Any]:
-        """Parameters (`sae`) and the optimiser's state (`optimizer`), whole. All workers must call it; it holds when they go on."""
+    def state_dict(self, keep: bool = True) -> dict[str, Any]:
+        """Parameters (`sae`) and the optimiser's state (`optimizer`), whole; empty, where the matrices are shared, for who does not `keep` it.
+
+        All workers must call it. What is not shared is not copied: it changes with the next step.
+        """
         parameters, optimizer = self.sae.state_dict(), self.optimizer.state_dict()
         if self._passed is None:
             return {"sae": parameters, "optimizer": optimizer}
-        parameters = {name: value.clone() for name, value in parameters.items()}
         moments = {index: dict(state) for index, state in optimizer["state"].items()}
-        for index, parameter in enumerate(self.parameters):
-            if parameter.ndim == 2 and index in moments:
-                for name in ("exp_avg", "exp_avg_sq"):
-                    moments[index][name] = self.collective.gather(moments[index][name].reshape(-1)).view_as(parameter)
+        shared = [index for index, parameter in enumerate(self.parameters) if parameter.ndim == 2 and index in moments]
+        # No gradients are on their way now: their memory takes the moments of all.
+        for index, passed in zip(shared, self._passed, strict=False):
+            for slot, name in enumerate(MOMENTS):
+                passed[slot][self.rows] = moments[index][name]
         self.collective.barrier()
-        return {"sae": parameters, "optimizer": {**optimizer, "state": moments}}
+        if keep:
+            parameters = {name: value.clone() for name, value in parameters.items()}
+            for index, passed in zip(shared, self._passed, strict=False):
+                moments[index] |= {name: passed[slot].clone() for slot, name in enumerate(MOMENTS)}
+        self.collective.barrier()
+        return {"sae": parameters, "optimizer": {**optimizer, "state": moments}} if keep else {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what `state_dict` has given, with whatever number of workers."""
+        """Takes up what `state_dict` has given, with whatever number of workers; all must call it."""
         moments = {index: dict(state) for index, state in state["optimizer"]["state"].items()}
         for index, parameter in enumerate(self.parameters):
             if self._own[parameter] is not parameter and index in moments:
-                for name in ("exp_avg", "exp_avg_sq"):
+                for name in MOMENTS:
                     moments[index][name] = moments[index][name][self.rows].clone()
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.sae.load_state_dict(state["sae"])
-        self.collective.barrier()
+        if self._passed is not None:
+            self.collective.barrier()

@@ -150,6 +150,7 @@ def test_row_topk_is_the_k_largest_of_each_row(k: int, neurons: int, turned: boo
 def test_blocks_keep_exactly_k_where_values_are_equal(samples: int, k: int, seed: int) -> None:
     # Few distinct values, so that many are equal at the edge, within blocks and across them.
     pre = by_neuron(torch.randint(0, 4, (samples, 8 * BLOCK), generator=torch.Generator().manual_seed(seed)).float())
+    assert sparse_ops._topk_by_blocks(pre, k) is not None
     active = row_topk(pre, k, 3)
     assert isinstance(active, Sparse)
     assert torch.equal(active.rows, torch.arange(0, samples * k + 1, k))
@@ -163,9 +164,24 @@ def test_nan_is_chosen_as_the_largest() -> None:
     pre = torch.randn(4, 8 * BLOCK, generator=torch.Generator().manual_seed(1))
     pre[2] = torch.nan
     pre[3, 5] = torch.nan
+    assert sparse_ops._topk_by_blocks(by_neuron(pre), 3) is None
     active = row_topk(by_neuron(pre), 3, 3)
     assert isinstance(active, Sparse)
     assert active.given.view(4, 3).isnan().sum(dim=1).tolist() == [0, 0, 3, 1]
+
+
+@pytest.mark.usefixtures("sparse")
+def test_blocks_are_left_where_all_values_are_equal() -> None:
+    pre = by_neuron(torch.zeros(4, 64 * BLOCK))
+    assert sparse_ops._topk_by_blocks(pre, 2) is None
+    active = row_topk(pre, 2, 3)
+    assert isinstance(active, Sparse)
+    assert torch.equal(active.rows, torch.arange(0, 9, 2))
+
+
+def test_nothing_fires_in_no_samples() -> None:
+    values = torch.zeros(0, 5)
+    assert not Dense(values).fired(values).any()
 
 
 def test_at_least_keeps_pairs_of_their_rows() -> None:
