@@ -133,11 +133,12 @@ class Update:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what `state_dict` has given, with whatever number of workers; all must call it."""
-        moments = {index: dict(state) for index, state in state["optimizer"]["state"].items()}
-        for index, parameter in enumerate(self.parameters):
-            if self._own[parameter] is not parameter and index in moments:
-                for name in MOMENTS:
-                    moments[index][name] = moments[index][name][self.rows].clone()
+        moments = {}
+        for index, held in state["optimizer"]["state"].items():
+            parameter = self.parameters[index]
+            rows = slice(None) if self._own[parameter] is parameter else self.rows
+            # Copies: Adam works in place, and the state given stays as it is.
+            moments[index] = {name: (value[rows] if name in MOMENTS else value).clone() for name, value in held.items()}
         self.optimizer.load_state_dict({**state["optimizer"], "state": moments})
         self.sae.load_state_dict(state["sae"])
         if self._passed is not None:
