@@ -127,19 +127,14 @@ class Sampler(threading.Thread):
             self.sample()
 
 
-def measure(root: Path, scratch: Path, distinct: int, rows_per_part: int, store: int) -> dict[str, Any]:
-    """One run of the stage on a Ray of its own: peaks, rate, and what it found."""
+def sampled(stage: str, tree: dict[str, Any], store: int, actor: str = "EncodePart") -> tuple[dict[str, Any], float, dict[str, float]]:
+    """Runs a stage on a Ray of its own, with `store` bytes of object store; returns its counts, seconds and the peaks of a `Sampler`."""
     import ray
 
     from medsae.pipeline.stage import run_stage
 
-    tree = {
-        "run": str(scratch / f"run-{root.name}"),
-        "data": {"format": "csv", "root": str(root), "label_columns": ["Finding"], "patient_column": "patient"},
-        "encoder": {"name": ENCODER, "rows_per_part": rows_per_part},
-    }
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    sampler = Sampler()
+    sampler = Sampler(actor=actor)
     ray.init(
         num_cpus=max(4, os.cpu_count() or 1), object_store_memory=store, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
     )
@@ -147,19 +142,29 @@ def measure(root: Path, scratch: Path, distinct: int, rows_per_part: int, store:
     sampler.start()
     started = time.perf_counter()
     try:
-        result = run_stage("extract", validate_config(tree))
+        result = run_stage(stage, validate_config(tree))
     finally:
         sampler.stopped.set()
         sampler.join()
         ray.shutdown()
     assert result is not None
-    counts = result.counts
+    return result.counts, time.perf_counter() - started, sampler.peak
+
+
+def measure(root: Path, scratch: Path, distinct: int, rows_per_part: int, store: int) -> dict[str, Any]:
+    """One run of the stage on a Ray of its own: peaks, rate, and what it found."""
+    tree = {
+        "run": str(scratch / f"run-{root.name}"),
+        "data": {"format": "csv", "root": str(root), "label_columns": ["Finding"], "patient_column": "patient"},
+        "encoder": {"name": ENCODER, "rows_per_part": rows_per_part},
+    }
+    counts, seconds, peak = sampled("extract", tree, store)
     rows = counts["images"]
     whole = counts["encoded"] == rows and counts["rejected"] == 0
     return {
         "rows": rows,
-        "seconds": time.perf_counter() - started,
-        "peak_bytes": sampler.peak,
+        "seconds": seconds,
+        "peak_bytes": peak,
         "duplicates": counts["duplicates"],
         "duplicates_expected": rows - distinct,
         "right": whole and counts["duplicates"] == rows - distinct,

@@ -20,14 +20,12 @@ import ray
 import ray.train
 import torch
 from ray.train.torch import TorchConfig, TorchTrainer
+from sae_step import SAMPLES
 
 from medsae.sae.collective import Collective
 from medsae.sae.config import OPTIONS, SAEConfig
 from medsae.sae.source import Held
 from medsae.sae.training import Trainer
-
-SAMPLES = 223_414
-"""CheXpert's size: two epochs of it must pass without a sign of life before a neuron is dead."""
 
 
 def fastest(trainer: Trainer, x: torch.Tensor, steps: int, collective: Collective) -> float:

@@ -11,22 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import multiprocessing
-import os
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import ray
-from extract_scale import CHEXPERT, MB, Sampler
+from extract_scale import CHEXPERT, MB, sampled
 from measure import write_run
-
-from medsae.config import validate_config
-from medsae.pipeline.stage import run_stage
 
 
 def apart(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -47,26 +40,9 @@ def measure(folder: str, streamed: bool, window: int) -> dict[str, Any]:
         "sae": [{"architecture": "topk", "dict_size": 1024, "k": 16, "epochs": 1, "batch_size": 4096, "checkpoints": 1}],
         "fit": {"hold_gb": 0 if streamed else 1000, "window": window},
     }
-    sampler = Sampler(actor="TrainWorker")
-    ray.init(
-        num_cpus=max(4, os.cpu_count() or 1),
-        object_store_memory=int(6000 * MB),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-    )
-    sampler.start()
-    clock = time.perf_counter()
-    try:
-        result = run_stage("fit", validate_config(tree))
-    finally:
-        sampler.stopped.set()
-        sampler.join()
-        ray.shutdown()
-    assert result is not None
-    seconds = time.perf_counter() - clock
-    samples = result.counts["samples"]
-    return {"rows": samples, "streamed": streamed, "seconds": seconds, "samples_per_second": samples / seconds, "peak_bytes": sampler.peak}
+    counts, seconds, peak = sampled("fit", tree, int(6000 * MB), actor="TrainWorker")
+    samples = counts["samples"]
+    return {"rows": samples, "streamed": streamed, "seconds": seconds, "samples_per_second": samples / seconds, "peak_bytes": peak}
 
 
 def main() -> None:
@@ -76,7 +52,6 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=131_072)
     parser.add_argument("--json", default=None)
     given = parser.parse_args()
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     figures = []
     print("| rows | embeddings | | driver | training worker | largest reader | all processes | object store | samples/s, with start-up |")
     print("|---:|---:|---|---:|---:|---:|---:|---:|---:|", flush=True)

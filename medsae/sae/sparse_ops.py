@@ -294,17 +294,13 @@ def _pairs(mask: Tensor, pre: Tensor) -> Sparse:
     samples, neurons = pre.shape
     if not mask.T.is_contiguous():
         flat = set_places(mask.reshape(-1))
-        return Sparse(_starts(flat, samples, neurons), flat % neurons, pre.reshape(-1)[flat], neurons)
+        starts = torch.searchsorted(flat, torch.arange(0, (samples + 1) * neurons, neurons, device=flat.device))
+        return Sparse(starts, flat % neurons, pre.reshape(-1)[flat], neurons)
     flat = set_places(mask.T.reshape(-1))
     rows, order = (flat % samples).to(torch.int32).sort(stable=True)
     flat = flat[order]
     starts = torch.searchsorted(rows, torch.arange(samples + 1, dtype=torch.int32, device=rows.device))
     return Sparse(starts, flat // samples, pre.T.reshape(-1)[flat], neurons)
-
-
-def _starts(flat: Tensor, rows: int, width: int) -> Tensor:
-    """Where each row begins among sorted places of a [rows, width] matrix, [rows + 1]."""
-    return torch.searchsorted(flat, torch.arange(0, (rows + 1) * width, width, device=flat.device))
 
 
 def set_places(mask: Tensor) -> Tensor:
